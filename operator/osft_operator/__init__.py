@@ -1,0 +1,1 @@
+"""The OSFTJob operator and the `osft` command line. Never imports torch."""

@@ -1,0 +1,1 @@
+"""OSFT training: contract, parameter splitting, training loop, Python API (loaded lazily)."""

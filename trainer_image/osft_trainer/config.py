@@ -1,0 +1,229 @@
+"""CONTRACT: every parameter of a training run, once.
+
+The fields below are the keyword arguments of `osft()`, the arguments of the trainer's container,
+`osft-train --help`, the schema of `spec.training` in the OSFTJob CRD, and the table in the
+README. Called by the operator (spec, crd, render), by the launcher and by the Python API. After a
+change run `make generate`. Must never import torch, transformers, kopf or kubernetes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+Path = Annotated[str, Field(min_length=1, max_length=1024)]
+"""A path as the trainer's process sees it."""
+
+ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
+"""Learning rate schedules that need no total number of steps (`training_mode: infinite`)."""
+
+
+class Parameters(BaseModel):
+    """Frozen, strict about names, camelCase in YAML and snake_case in Python."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        str_strip_whitespace=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_names(cls, data: Any) -> Any:
+        """Name the nearest field for each unknown one, before pydantic's plain refusal."""
+        if not isinstance(data, dict):
+            return data
+        known = [name for field in cls.model_fields for name in (field, to_camel(field))]
+        unknown = [str(name) for name in data if str(name) not in known]
+        if unknown:
+            raise ValueError("; ".join(unknown_name(name, known) for name in unknown))
+        return data
+
+
+def unknown_name(name: str, known: list[str]) -> str:
+    """Say that a name is unknown and which known one is nearest."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    cure = f"did you mean {nearest[0]!r}?" if nearest else "see `osft-train --help`"
+    return f"unknown parameter {name!r}; {cure}"
+
+
+class TrainingParameters(Parameters):
+    """What to train, on what, how, and what to write."""
+
+    model_path: Path
+    """Folder of the base model in Hugging Face format (safetensors), or its hub name."""
+    data_path: Path
+    """JSONL file, or folder of JSONL files, one {"messages": [...]} object a line."""
+    ckpt_output_dir: Path
+    """Folder of the run: checkpoints, metrics and the final model. Shared by all nodes."""
+    unfreeze_rank_ratio: float = Field(ge=0, le=1)
+    """Share of each target matrix's directions that may change. 0: none. 1: all, which is full
+    fine-tuning. The least used directions are freed first; 0.25 is a careful start."""
+    effective_batch_size: int = Field(ge=1, le=1_000_000)
+    """Samples per optimizer step, over all ranks."""
+    max_tokens_per_gpu: int = Field(ge=1, le=100_000_000)
+    """Tokens one rank holds in one forward pass. More is faster, until memory is full; it does not
+    change the result."""
+    max_seq_len: int = Field(ge=1, le=100_000_000)
+    """Longest sample in tokens; see onOverlong. At most maxTokensPerGpu."""
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak learning rate of AdamW."""
+
+    target_patterns: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        default=None, min_length=1, max_length=64
+    )
+    """Regular expressions searched in module paths: which matrices are split. Absent: every linear
+    layer and expert inside the decoder blocks, never lm_head, routers or gates of experts."""
+    parameterization: Literal["exact", "factored"] = "exact"
+    """How the allowed update is written down. exact: one factor that spans the whole allowed set.
+    factored: the U, S, V factors of mini_trainer, for comparison."""
+    other_parameters: Literal["frozen", "norms", "all"] = "frozen"
+    """What happens to parameters that are no target: frozen, only the norms are trained, or all are
+    trained as in plain fine-tuning."""
+
+    training_mode: Literal["epoch", "step", "token", "infinite"] = "epoch"
+    """What ends the run: numEpochs, maxSteps, maxTokens, or nothing but a stop."""
+    num_epochs: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Passes over the data, in mode epoch. Absent: 1."""
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Optimizer steps, in mode step."""
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000_000_000)
+    """Tokens that count for the loss, in mode token; the step that reaches it is the last."""
+    lr_scheduler: Annotated[str, Field(min_length=1, max_length=64)] = "cosine"
+    """Schedule by its transformers name: cosine, linear, constant, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=16)
+    """Further arguments of the schedule, for instance {"num_cycles": 0.5}."""
+    warmup_steps: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Optimizer steps in which the learning rate rises from zero."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the mean of gradients."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the mean of squared gradients."""
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    """AdamW's addend in the denominator."""
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
+    """AdamW's decay. With parameterization exact it decays the update: towards the base model."""
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    """Global gradient norm above which gradients are scaled down."""
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
+    """Order of the data and random numbers of the model."""
+
+    on_overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a sample longer than maxSeqLen. Dropped and cut samples are counted."""
+    use_liger: bool = True
+    """Liger kernels on CUDA. On CPU they do not exist: a line in the log says that they are off."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the frozen weights and of the arithmetic. auto: bfloat16 on CUDA, float32 on CPU.
+    What is trained is always float32."""
+    activation_checkpointing: bool = True
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you read that code."""
+
+    checkpoint_every_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Save a state to resume from every so many optimizer steps. Absent: only when stopped, and at
+    each epoch if checkpointAtEpoch is set."""
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
+    """How many of these states stay; older ones are removed."""
+    checkpoint_at_epoch: bool = False
+    """Save a state at the end of each epoch, and the model as exports/epoch-NNNN."""
+    save_final_checkpoint: bool = True
+    """Write the trained model to final/ as a Hugging Face folder."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights in exported folders. Absent: the base model's."""
+
+    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Weights & Biases project; its key comes from the environment (WANDB_API_KEY)."""
+    wandb_entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Weights & Biases team or user."""
+    wandb_run_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Name of the Weights & Biases run."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.max_seq_len > self.max_tokens_per_gpu:
+            raise ValueError(
+                f"max_seq_len {self.max_seq_len} must be at most max_tokens_per_gpu "
+                f"{self.max_tokens_per_gpu}: lower max_seq_len or raise max_tokens_per_gpu"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        limits = {"epoch": "num_epochs", "step": "max_steps", "token": "max_tokens"}
+        own = limits.get(self.training_mode)
+        if own in ("max_steps", "max_tokens") and getattr(self, own) is None:
+            raise ValueError(f"training_mode {self.training_mode} needs {own}: set it")
+        for name in limits.values():
+            if name != own and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect in training_mode "
+                    f"{self.training_mode}: remove it or change training_mode"
+                )
+        if self.training_mode == "infinite" and self.lr_scheduler not in ENDLESS_SCHEDULES:
+            raise ValueError(
+                f"lr_scheduler {self.lr_scheduler} needs an end, training_mode infinite has none: "
+                f"use one of {', '.join(ENDLESS_SCHEDULES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_wandb(self) -> Self:
+        for name in ("wandb_entity", "wandb_run_name"):
+            if getattr(self, name) is not None and self.wandb_project is None:
+                raise ValueError(f"{name} has no effect without wandb_project: set wandb_project")
+        return self
+
+
+class RunParameters(Parameters):
+    """Which run this is, and what to do with one that is already in the folder."""
+
+    run_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Identity of the run: the OSFTJob's uid. Absent: a fingerprint of data, arguments, model."""
+    attempt: int = Field(default=1, ge=1, le=1_000_000)
+    """Which try of the run this is; a save by an older attempt is refused."""
+    on_existing_run: Literal["resume", "restart", "error"] = "resume"
+    """What to do with another run's results in ckptOutputDir. resume: continue if data, arguments
+    and model are the same, else an error. restart: move them to previous-N/. error: refuse."""
+
+
+class LaunchParameters(Parameters):
+    """Processes and rendezvous, as torchrun names them. Absent: PET_* from the environment."""
+
+    nproc_per_node: int | Literal["auto", "gpu"] | None = Field(default=None)
+    """Processes on this node. auto: one per GPU, or one without GPUs. gpu: one per GPU."""
+    nnodes: int | None = Field(default=None, ge=1, le=1000)
+    """Number of nodes."""
+    node_rank: int | None = Field(default=None, ge=0, le=999)
+    """Number of this node, from 0; node 0 hosts the rendezvous."""
+    rdzv_id: str | int | None = None
+    """Name of the rendezvous, equal on all nodes."""
+    rdzv_endpoint: Annotated[str, Field(max_length=512)] | None = None
+    """HOST:PORT of a c10d rendezvous. Excludes master_addr."""
+    master_addr: Annotated[str, Field(max_length=512)] | None = None
+    """Host of node 0 for a static rendezvous. Excludes rdzv_endpoint."""
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of node 0 for a static rendezvous."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port on which local rank 0 serves /progress and /metrics. Absent: not served."""
+
+    @model_validator(mode="after")
+    def _check_rendezvous(self) -> Self:
+        if self.rdzv_endpoint is not None and self.master_addr is not None:
+            raise ValueError(
+                f"rdzv_endpoint {self.rdzv_endpoint!r} (c10d) and master_addr "
+                f"{self.master_addr!r} (static) exclude each other: give one of them"
+            )
+        if isinstance(self.nproc_per_node, int) and not 1 <= self.nproc_per_node <= 1024:
+            raise ValueError(
+                f"nproc_per_node {self.nproc_per_node} must be 1 to 1024, 'auto' or 'gpu'"
+            )
+        return self

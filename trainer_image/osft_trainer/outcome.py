@@ -1,0 +1,39 @@
+"""How a training run ends.
+
+Lives here: the result of a run that reached its end, and one exception per other end that a caller
+must tell apart. Raised by `train` and its parts, mapped to exit codes by `worker`. Bad input is a
+ValueError; an exception that is neither is a crash and worth another try. Must never import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient is no finite number any more; a retry would end the same way."""
+
+
+class Preempted(RuntimeError):
+    """A stop was asked for; what can be resumed is saved."""
+
+
+class Superseded(RuntimeError):
+    """A newer attempt of the run owns the folder; this one must not write there."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run that reached its end."""
+
+    final_dir: Path | None
+    """Hugging Face folder of the trained model; None with save_final_checkpoint off."""
+    steps: int
+    """Optimizer steps of the whole run, also those of earlier attempts."""
+    loss: float | None
+    """Mean loss per counted token in the last step; None when there was no step."""
+    leak: float | None
+    """Part of the update inside the kept subspaces, relative to the update; see `linear`."""
+    already_finished: bool = False
+    """Whether an earlier call had finished the run, so that nothing was trained now."""

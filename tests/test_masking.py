@@ -1,0 +1,248 @@
+# ruff: noqa: RUF001 - the bars in one family's control tokens are full-width
+"""The loss mask: exactly the assistant's words and the end of its turn, whatever the template."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from osft_trainer.masking import ChatMasker, MaskedTokens, common_prefix_length
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = ["the cat sat on the mat", "Assistant: the user asked\n\n", "What is <b>bold</b> text?"]
+
+
+def make_tokenizer(template: str, *, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges, so that tokens cross word and prompt borders."""
+    control = re.findall(r"<[|｜]?[A-Za-z_▁/]+[|｜]?>", template)
+    control = [t for t in control if any(mark in t for mark in "|｜_") and "think" not in t]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    names = ["<s>", "</s>", *special, *control]
+    backend.add_special_tokens([AddedToken(t, special=True) for t in dict.fromkeys(names)])
+    backend.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def trained_runs(tokenizer: PreTrainedTokenizerFast, sample: MaskedTokens) -> list[str]:
+    """The text of each unbroken run of trained tokens."""
+    runs: list[list[int]] = [[]]
+    for token, trained in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
+        if trained:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs if run]
+
+
+def trained(template: str, messages: list[dict[str, Any]], **options: Any) -> list[list[str]]:
+    """Trained runs of each sample that the conversation becomes."""
+    tokenizer = make_tokenizer(template, special=options.pop("special", ()))
+    masker = ChatMasker(tokenizer)
+    samples = masker.tokenize(masker.texts(messages, options.get("tools")))
+    return [trained_runs(tokenizer, sample) for sample in samples]
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"] * len(contents)
+    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+# What each family writes between the generation prompt and the answer, and what ends a turn.
+# Written by hand from the templates' texts; the longest matching name wins. "\n\n" is one token
+# here: where the prompt ends in "<think>\n" its line end is the answer's first token's.
+FAMILIES = {
+    "cohere": ("", "<|END_OF_TURN_TOKEN|>"),
+    "cohere2": ("", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "deepseek": ("", "<｜end▁of▁sentence｜>"),
+    "diffusion_gemma": ("", "<turn|>"),
+    "gemma": ("", "<end_of_turn>"),
+    "gemma4": ("", "<turn|>"),
+    "glm4moe": ("\n<think></think>\n", ""),  # its turns end with the next one's first token
+    "glm4moe_training": ("\n<think></think>\n", "<|user|>"),
+    "gptoss": ("<|channel|>final<|message|>", "<|return|>"),
+    "idefics3": (" ", "<end_of_utterance>"),
+    "lfm2": ("", "<|im_end|>"),
+    "llama3": ("", "<|eot_id|>"),
+    "llava_next": (" ", "</s>"),
+    "muse_glimmer": (" to=user<|message|>", "<|eot|>"),
+    "nemotron": ("</think>", "<|im_end|>"),
+    "phi3": ("", "<|end|>"),
+    "qwen2": ("", "<|im_end|>"),
+    "qwen3": ("<think>\n\n</think>\n\n", "<|im_end|>"),
+    "qwen3_5_nothink": ("", "<|im_end|>"),
+    "qwen3_5_think": ("\n\n</think>\n\n", "<|im_end|>"),
+    "qwen3_6": ("\n\n</think>\n\n", "<|im_end|>"),
+    "qwen3_8": ("\n\n</think>\n\n", "<|im_end|>"),
+    "qwen3_instruct": ("", "<|im_end|>"),
+    "qwen3_vl": ("", "<|im_end|>"),
+    "smolvlm": (" ", "<end_of_utterance>"),
+}
+
+
+def template_files() -> list[Path]:
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        return []
+    return sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_real_templates_train_the_answers_and_their_ends_only(path: Path) -> None:
+    family = max((name for name in FAMILIES if path.stem.startswith(name)), key=len)
+    scaffold, end = FAMILIES[family]
+    tokenizer = make_tokenizer(path.read_text(), special=(end,) if end else ())
+    messages = chat("What is the mat?", "the cat sat", "And 2+2?", "It is <4> für dich 🙂.")
+    masker = ChatMasker(tokenizer)
+    texts = masker.texts(messages)
+    samples = masker.tokenize(texts)
+    expected = [f"{scaffold}the cat sat{end}", f"{scaffold}It is <4> für dich 🙂.{end}"]
+    runs = [trained_runs(tokenizer, sample) for sample in samples]
+    assert runs in ([expected], [[run] for run in expected])
+    assert all(text.has_turn_end == bool(end) for text in texts)
+    prompts = [tokenizer.decode(s.input_ids[~s.loss_mask].tolist()) for s in samples]
+    assert all("What is the mat?" in prompt for prompt in prompts)
+
+
+def test_two_turns_of_a_plain_template_are_one_sample() -> None:
+    runs = trained(CHATML, chat("hi", "the cat", "and?", "sat on", system="be kind"))
+    assert runs == [["the cat<|im_end|>", "sat on<|im_end|>"]]
+
+
+def test_end_of_turn_need_not_be_the_end_of_text_token() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|stop|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    assert trained(template, chat("a", "one", "b", "two")) == [["one<|stop|>"], ["two<|stop|>"]]
+
+
+def test_token_over_the_border_belongs_to_the_answer() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    # " the" is one token here; its blank is the prompt's last character.
+    assert trained(template, chat("hi", "the cat")) == [[" the cat"]]
+
+
+def test_without_an_end_of_turn_the_text_says_so() -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    masker = ChatMasker(make_tokenizer(template))
+    assert [text.has_turn_end for text in masker.texts(chat("hi", "yes"))] == [False]
+
+
+def test_prompt_text_that_moves_is_not_trained() -> None:
+    """Some templates put the system prompt before the last user turn while it is the last turn."""
+    template = (
+        "{% set system = messages[0].role == 'system' and messages[0].content %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and system %}{{ system }} {% endif %}{{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    messages = chat("what now", "the cat", "and then", "it sat", system="secret rule")
+    assert trained(template, messages) == [[" the cat</s>"], ["it sat</s>"]]  # " the" is one token
+
+
+def test_answer_that_starts_like_the_prompts_last_token_is_whole() -> None:
+    """The prompt opens a thought, the answer a tag with the same first letters."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    runs = trained(template, chat("hi", "<the cat>"), special=("<|user|>", "<|assistant|>"))
+    assert runs == [["<the cat></s>"]]
+
+
+def test_thoughts_of_the_answer_are_trained_with_it() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"
+        "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = chat("hi", "four")
+    messages[1]["reasoning_content"] = "two and two"
+    assert trained(template, messages) == [["<think>two and two</think>four<|im_end|>"]]
+
+
+def test_tools_reach_the_template_and_calls_are_trained() -> None:
+    template = (
+        "{% if tools %}<|im_start|>tools\n{{ tools[0].name }}<|im_end|>\n{% endif %}" + CHATML
+    ).replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].name }}")
+    messages = chat("go", "")
+    messages[1]["tool_calls"] = [{"name": "walk"}]
+    tokenizer = make_tokenizer(template)
+    masker = ChatMasker(tokenizer)
+    (text,) = masker.texts(messages, [{"name": "legs"}])
+    assert "tools\nlegs" in text.text
+    (sample,) = masker.tokenize([text])
+    assert trained_runs(tokenizer, sample) == ["walk<|im_end|>"]
+
+
+def test_conversation_may_start_with_the_assistant() -> None:
+    refuses_empty = "{{ messages[0].role | length and '' }}" + CHATML
+    assert trained(refuses_empty, [{"role": "assistant", "content": "the cat"}]) == [
+        ["the cat<|im_end|>"]
+    ]
+
+
+def test_sample_ends_with_its_last_target_and_never_starts_with_one() -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    masker = ChatMasker(tokenizer)
+    messages = [*chat("", "sat 🙂 mat"), {"role": "user", "content": "never answered"}]
+    (sample,) = masker.tokenize(masker.texts(messages))
+    assert tokenizer.decode(sample.input_ids.tolist()) == "sat 🙂 mat"
+    assert not sample.loss_mask[0]
+    assert sample.loss_mask[1:].all()
+
+
+def test_nothing_to_learn_is_an_empty_sample() -> None:
+    masker = ChatMasker(make_tokenizer(CHATML))
+    (sample,) = masker.tokenize(masker.texts([{"role": "user", "content": "hello"}]))
+    assert len(sample.input_ids) == len(sample.loss_mask) == 0
+
+
+def test_refusal_of_the_template_is_told() -> None:
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
+    masker = ChatMasker(make_tokenizer(refusing))
+    with pytest.raises(ValueError, match="refuses the conversation: too long"):
+        masker.texts(chat("a", "b", "c", "d"))
+
+
+def test_tokenizer_without_template_is_refused_with_the_cure() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        ChatMasker(tokenizer)
+
+
+def test_template_that_loses_the_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="words out"):
+        ChatMasker(make_tokenizer("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"),
+    [("", "abc", 0), ("abc", "abc", 3), ("abcd", "abxd", 2), ("abc", "abcdef", 3), ("x", "y", 0)],
+)
+def test_common_prefix_length(first: str, second: str, length: int) -> None:
+    assert common_prefix_length(first, second) == length
+    assert common_prefix_length(second, first) == length

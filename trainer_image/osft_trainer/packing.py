@@ -1,0 +1,240 @@
+"""From prepared samples to the micro-batches of each optimizer step, in an order that can resume.
+
+Lives here: the order of an epoch, the samples of a global batch, their packing into one bin per
+rank and round, and the tensors of a bin. Called by the training loop. Everything but the reading
+of samples is a pure function of numbers, so every rank computes the same plan without talking.
+Must never: depend on the world size for what a step learns from, put two samples into one
+attention span or predict one sample's first token from another, or drop a sample.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from osft_trainer.prepared import NO_LOSS, PreparedData
+
+IDLE_TOKENS = 2
+"""Length of the stand-in for an empty bin: the shortest that still has a next token."""
+
+
+Plan = list[list[list[int]]]
+"""Rounds of bins of sample positions."""
+
+
+ENOUGH = 0.98
+"""Share of rank time in use above which no second plan is tried: it costs time itself."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one rank: samples laid end to end, without padding.
+
+    input_ids, labels and position_ids are int64 [1, T]. position_ids restart at 0 with every
+    sample; the model must take the borders of attention from them or from `lengths` (which sum to
+    T). labels are unshifted, -100 where there is no loss and at every sample's first token, so
+    that the usual shift by one crosses no border.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    loss_tokens: int
+    is_dummy: bool = False
+    """No sample was left for this rank: run it for the collectives, it adds nothing."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step. `samples`, `tokens` and `loss_tokens` count all ranks together.
+
+    `micro_batches` are this rank's; every rank has the same number. The next batch's position is
+    (epoch, index + 1), also after the epoch's last one.
+    """
+
+    epoch: int
+    index: int
+    micro_batches: tuple[MicroBatch, ...]
+    samples: int
+    tokens: int
+    loss_tokens: int
+    is_last: bool
+    """Whether it ends the epoch."""
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Permutation of range(num_samples) for this epoch, the same on every machine and version.
+
+    Ranks of PCG64's raw 64-bit output for SeedSequence([seed, epoch]): numpy promises both streams
+    for good, which it does not for Generator.permutation and torch does not for randperm.
+    """
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def batches_per_epoch(num_samples: int, effective_batch_size: int) -> int:
+    """Optimizer steps of one epoch; the last may have fewer samples."""
+    return -(-num_samples // effective_batch_size)
+
+
+def pack(
+    lengths: Sequence[int] | npt.NDArray[np.int64], world_size: int, max_tokens_per_gpu: int
+) -> Plan:
+    """Rounds of one bin per rank; a bin lists positions in `lengths`. Every position comes once.
+
+    A round lasts as long as its fullest bin, so the others wait. Of two plans the one with fewer
+    rounds is taken, then the one that waits less: all bins about equally full (best when there is
+    plenty), or full rounds first and what is left spread evenly (best when one long sample would
+    tower over even bins). A rank may get an empty bin. Deterministic.
+
+    Raises:
+        ValueError: a sample is longer than max_tokens_per_gpu.
+    """
+    sizes = [int(length) for length in lengths]
+    if not sizes:
+        return []
+    if max(sizes) > max_tokens_per_gpu:
+        raise ValueError(
+            f"a sample has {max(sizes)} tokens, more than max_tokens_per_gpu {max_tokens_per_gpu}: "
+            "raise max_tokens_per_gpu or lower max_seq_len"
+        )
+    longest_first = sorted(range(len(sizes)), key=lambda position: (-sizes[position], position))
+
+    def cost(plan: Plan) -> tuple[int, int]:
+        return len(plan), sum(max(sum(sizes[p] for p in members) for members in r) for r in plan)
+
+    even = _even_rounds(longest_first, sizes, world_size, max_tokens_per_gpu)
+    if sum(sizes) >= ENOUGH * world_size * cost(even)[1]:
+        return even
+    full = _full_rounds(longest_first, sizes, world_size, max_tokens_per_gpu)
+    return min(even, full, key=cost)
+
+
+def _even_rounds(
+    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
+) -> Plan:
+    """Spread everything over the bins of all rounds; bins of like fullness share a round."""
+    rounds = max(1, -(-sum(sizes) // (world_size * capacity)))
+    while (bins := _spread(longest_first, sizes, rounds * world_size, capacity)) is None:
+        rounds += 1  # ends: with one bin for each sample everything fits
+    bins.sort(key=lambda members: -sum(sizes[position] for position in members))
+    return [bins[start : start + world_size] for start in range(0, len(bins), world_size)]
+
+
+def _full_rounds(
+    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
+) -> Plan:
+    """Fill round after round as far as it goes, until the rest can be spread over one."""
+    plan: Plan = []
+    rest = longest_first
+    while rest:
+        last = _spread(rest, sizes, world_size, capacity)
+        if last is not None:
+            return [*plan, last]
+        bins: list[list[int]] = [[] for _ in range(world_size)]
+        room = [capacity] * world_size
+        left: list[int] = []
+        for position in rest:
+            fitting = [n for n in range(world_size) if room[n] >= sizes[position]]
+            if not fitting:
+                left.append(position)
+                continue
+            fullest = min(fitting, key=room.__getitem__)
+            bins[fullest].append(position)
+            room[fullest] -= sizes[position]
+        plan.append(bins)
+        rest = left
+    return plan
+
+
+def _spread(
+    longest_first: Sequence[int], sizes: Sequence[int], count: int, capacity: int
+) -> list[list[int]] | None:
+    """Longest sample first, to the emptiest of `count` bins; None when one would overflow."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, number) for number in range(count)]
+    for position in longest_first:
+        load, number = emptiest[0]
+        if load + sizes[position] > capacity:
+            return None
+        bins[number].append(position)
+        heapq.heapreplace(emptiest, (load + sizes[position], number))
+    return bins
+
+
+def collate(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor]], *, pad_token_id: int = 0
+) -> MicroBatch:
+    """Lay (input_ids, labels) pairs, both int64 [length], end to end; none gives the stand-in."""
+    if not samples:
+        idle = torch.full((1, IDLE_TOKENS), pad_token_id, dtype=torch.int64)
+        places = torch.arange(IDLE_TOKENS).unsqueeze(0)
+        no_loss = torch.full_like(idle, NO_LOSS)
+        return MicroBatch(idle, no_loss, places, (IDLE_TOKENS,), 0, is_dummy=True)
+    lengths = tuple(len(ids) for ids, _ in samples)
+    labels = torch.cat([labels for _, labels in samples])
+    starts = torch.tensor((0, *lengths[:-1])).cumsum(0)
+    labels[starts] = NO_LOSS  # torch.cat has copied, the samples stay as they are
+    positions = torch.arange(len(labels)) - starts.repeat_interleave(torch.tensor(lengths))
+    return MicroBatch(
+        input_ids=torch.cat([ids for ids, _ in samples]).unsqueeze(0),
+        labels=labels.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        lengths=lengths,
+        loss_tokens=int((labels != NO_LOSS).sum()),
+    )
+
+
+def batches(
+    prepared: PreparedData,
+    *,
+    effective_batch_size: int,
+    max_tokens_per_gpu: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_epoch: int = 0,
+    start_batch: int = 0,
+    pad_token_id: int = 0,
+) -> Iterator[GlobalBatch]:
+    """Global batches from (start_epoch, start_batch) on, epoch after epoch, without end.
+
+    start_batch may be the number of batches in an epoch: the next epoch follows. Only the samples
+    of this rank are read.
+
+    Raises:
+        ValueError: start_batch lies beyond the epoch (the data or the batch size has changed).
+    """
+    assert 0 <= rank < world_size
+    per_epoch = batches_per_epoch(len(prepared), effective_batch_size)
+    if not 0 <= start_batch <= per_epoch:
+        raise ValueError(
+            f"batch {start_batch} does not exist in an epoch of {per_epoch}: the data or "
+            "effective_batch_size is not the one of the saved run"
+        )
+    epoch, index = start_epoch, start_batch
+    while True:
+        order = epoch_order(len(prepared), seed, epoch)
+        for batch in range(index, per_epoch):
+            members = order[batch * effective_batch_size : (batch + 1) * effective_batch_size]
+            rounds = pack(prepared.lengths[members], world_size, max_tokens_per_gpu)
+            yield GlobalBatch(
+                epoch=epoch,
+                index=batch,
+                micro_batches=tuple(
+                    collate(
+                        [prepared.sample(int(members[position])) for position in bins[rank]],
+                        pad_token_id=pad_token_id,
+                    )
+                    for bins in rounds
+                ),
+                samples=len(members),
+                tokens=int(prepared.lengths[members].sum()),
+                loss_tokens=int(prepared.loss_counts[members].sum()),
+                is_last=batch == per_epoch - 1,
+            )
+        epoch, index = epoch + 1, 0

@@ -1,0 +1,122 @@
+"""The form of prepared data: flat arrays, written piece by piece, read by memory map.
+
+Lives here: the files of a prepared folder, writing one array piece by piece, reading samples.
+Called by `data` (writing), `packing` and the training loop (reading). Must never: hold the data
+set in memory, or unpickle anything.
+
+A folder holds, little-endian: input_ids.npy int32 [tokens], loss_mask.npy bool [tokens],
+offsets.npy int64 [samples + 1] (sample i is offsets[i]:offsets[i + 1]), loss_counts.npy int32
+[samples], meta.json, and COMPLETE, written last.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+NO_LOSS = -100
+"""Label of a position without loss, as torch's cross entropy ignores it."""
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What became of the data. `samples` is what training sees; the others explain it."""
+
+    conversations: int = 0
+    samples: int = 0
+    dropped_overlong: int = 0
+    truncated: int = 0
+    dropped_empty: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+
+
+class PreparedData:
+    """A prepared folder, read by memory map: opening costs nothing, samples are read when asked."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a complete folder; see `open_prepared` for folders that may be faulty."""
+        meta = json.loads((folder / "meta.json").read_text())
+        self.folder = folder
+        self.digest: str = meta["digest"]
+        self.counts = DataCounts(**meta["counts"])
+        self._ids = np.load(folder / "input_ids.npy", mmap_mode="r", allow_pickle=False)
+        self._mask = np.load(folder / "loss_mask.npy", mmap_mode="r", allow_pickle=False)
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
+        loss_counts = np.load(folder / "loss_counts.npy", allow_pickle=False)
+        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
+        self.loss_counts: npt.NDArray[np.int64] = loss_counts.astype(np.int64)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.lengths)
+
+    def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(input_ids, labels)`, both int64 [length].
+
+        labels[t] belongs to input_ids[t] (the model shifts them); -100 where there is no loss,
+        and always at position 0.
+        """
+        part = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+        ids = torch.from_numpy(self._ids[part].astype(np.int64))
+        mask = torch.from_numpy(np.array(self._mask[part]))
+        return ids, ids.masked_fill(~mask, NO_LOSS)
+
+
+def open_prepared(folder: str | Path) -> PreparedData:
+    """Open a folder that `prepare` has finished.
+
+    Raises:
+        ValueError: the folder is not complete, or its files do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "COMPLETE").is_file():
+        raise ValueError(f"prepared data {str(folder)!r} is not complete: remove it, start again")
+    data = PreparedData(folder)
+    tokens, samples = data.counts.tokens, data.counts.samples
+    sizes = (len(data._ids), len(data._mask), int(data._offsets[-1]), len(data.loss_counts))
+    if sizes != (tokens, tokens, tokens, samples) or len(data) != samples:
+        raise ValueError(f"prepared data {str(folder)!r} is damaged: remove it, start again")
+    return data
+
+
+class GrowingArray:
+    """A one-dimensional .npy file written piece by piece; its header is filled in at the end."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        """Start an empty file; `dtype` as numpy spells it, byte order included."""
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._header()
+
+    def append(self, values: npt.ArrayLike) -> None:
+        """Add values at the end."""
+        piece = np.ascontiguousarray(values, dtype=self._dtype)
+        self._file.write(piece.tobytes())
+        self._length += len(piece)
+
+    def _header(self) -> None:
+        # numpy leaves room for the length to grow, so both headers have one size.
+        self._file.seek(0)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> Self:
+        """Hand out the open array."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write the final length and close."""
+        with self._file:
+            self._header()

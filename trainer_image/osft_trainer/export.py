@@ -1,0 +1,309 @@
+"""Writing a plain HF folder from a converted model.
+
+What lives here: dense weights under their original names, streamed into safetensors shards, the
+files of the base folder that belong to them, and `osft.json`. Called at the end of training, for
+exports on the way and by `osft export`. Must never: leave a half-written folder under the final
+name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
+from osft_trainer.linear import SubspaceWeight
+from osft_trainer.model import OSFTModel
+from osft_trainer.parallel import World
+from osft_trainer.targets import decoder_blocks
+
+OSFT_FILE = "osft.json"
+
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt"}
+)
+"""Files of the base folder that are weights, in whatever format, and so are not copied."""
+
+
+def export_hf(
+    model: OSFTModel,
+    base_path: str | Path,
+    out_dir: str | Path,
+    world: World,
+    save_dtype: torch.dtype | None = None,
+    extra: Mapping[str, object] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write W + dW as a folder that plain transformers loads. Collective: call it on every rank.
+
+    The folder appears under its name only when it is complete and on disk; an older folder of that
+    name is replaced.
+
+    Args:
+        model: the converted model.
+        base_path: folder the model was loaded from; its configuration and tokenizer are copied.
+        out_dir: folder to write; its parent is created.
+        world: this process's place; rank 0 writes.
+        save_dtype: of all floating-point weights; None takes the base configuration's.
+        extra: more entries for osft.json.
+        max_shard_bytes: size at which a new weight file is begun.
+
+    Raises:
+        OSError: on every rank, if rank 0 cannot write.
+    """
+    base, out = Path(base_path), Path(out_dir)
+    dtype = save_dtype or base_dtype(base)
+    leak = model.leak()
+    failure: OSError | None = None
+    temporary = out.with_name(f".{out.name}.writing")
+    writer: _ShardWriter | None = None
+    if world.rank == 0:
+        try:
+            writer = _ShardWriter(_fresh(temporary), max_shard_bytes)
+        except OSError as error:
+            failure = error
+    # Every rank gathers even after a failure of rank 0: it must not leave the others waiting.
+    for name, tensor in dense_weights(model, dtype, keep=world.rank == 0):
+        if writer is not None and failure is None:
+            try:
+                writer.add(name, tensor)
+            except OSError as error:
+                failure = error
+    if writer is not None and failure is None:
+        try:
+            writer.close()
+            _copy_base_files(base, temporary, save_dtype)
+            _write_json(temporary / OSFT_FILE, _description(model, base, leak, dtype, extra))
+            _put_in_place(temporary, out)
+        except OSError as error:
+            failure = error
+    _agree(failure, world, out)
+
+
+def dense_weights(
+    model: OSFTModel, dtype: torch.dtype, keep: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield original names and CPU tensors in `dtype`, one decoder block at a time.
+
+    Names and layouts are those of the base checkpoint on disk, also where transformers converts
+    while loading (experts). Collective when sharded; ranks with `keep` false only take part.
+    """
+    prefix, _ = decoder_blocks(model.hf)
+    group: dict[str, Tensor] = {}
+    group_key = ""
+    for name, tensor in _whole_tensors(model):
+        key = _group_of(name, prefix)
+        if key != group_key and group:
+            yield from revert_weight_conversion(model.hf, group).items()
+            group = {}
+        group_key = key
+        if keep:
+            wanted = dtype if tensor.is_floating_point() else tensor.dtype
+            group[name] = tensor.detach().to("cpu", wanted)
+    if group:
+        yield from revert_weight_conversion(model.hf, group).items()
+
+
+def base_dtype(model_path: Path) -> torch.dtype:
+    """The dtype that a model folder's configuration names, else that of its first weight."""
+    config = json.loads((model_path / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name is not None:
+        found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+        return found
+    first = min(model_path.glob("*.safetensors"))
+    with safe_open(first, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(next(iter(file.keys())))
+    return tensor.dtype
+
+
+def base_digest(model_path: str | Path) -> str:
+    """sha256 of a model folder: of config.json and of every safetensors file, names included."""
+    folder = Path(model_path)
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+class _ShardWriter:
+    """Collects tensors and writes a safetensors file whenever enough have come together."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.total_bytes = 0
+        self.parts: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.max_bytes:
+            self._write()
+        # Safetensors refuses tensors that share memory or have gaps.
+        self.pending[name] = tensor.contiguous()
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def close(self) -> None:
+        """Write the rest, give the files their final names and write the index."""
+        self._write()
+        count = len(self.parts)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.parts, start=1):
+            final = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
+            self._part(number).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            _write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _write(self) -> None:
+        if not self.pending:
+            return
+        self.parts.append(list(self.pending))
+        path = self._part(len(self.parts))
+        save_file(self.pending, path, metadata={"format": "pt"})
+        self.pending, self.pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+
+def _whole_tensors(model: OSFTModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the model before conversion, tied ones once."""
+    seen: set[int] = set()
+    for path, module in model.hf.named_modules():
+        if isinstance(module, SubspaceWeight):
+            yield _original_name(path), module.dense()
+            continue
+        if isinstance(module, MasterParameter):
+            yield _original_name(path), _full(module.value)
+            continue
+        own = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
+        for name, tensor in own:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, _full(tensor)
+
+
+def _original_name(path: str) -> str:
+    if path.endswith(TRAINED_SUFFIX):
+        return path.removesuffix(TRAINED_SUFFIX)
+    return path.removesuffix(".subspace") + ".weight"
+
+
+def _persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    hidden = module._non_persistent_buffers_set
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
+
+
+def _group_of(name: str, prefix: str) -> str:
+    """The decoder block a name belongs to, as `<prefix>.<number>`; else the empty string."""
+    if not name.startswith(f"{prefix}."):
+        return ""
+    return f"{prefix}.{name.removeprefix(f'{prefix}.').split('.')[0]}"
+
+
+def _description(
+    model: OSFTModel,
+    base: Path,
+    leak: float,
+    dtype: torch.dtype,
+    extra: Mapping[str, object] | None,
+) -> dict[str, object]:
+    plan = model.plan
+    return {
+        "base_digest": base_digest(base),
+        "unfreeze_rank_ratio": plan.unfreeze_rank_ratio,
+        "parameterization": plan.parameterization,
+        "other_parameters": plan.other_parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "leak": leak,
+        "ranks": {t.name: {"kept": t.kept_rank, "free": t.free_rank} for t in plan.targets},
+        **(extra or {}),
+    }
+
+
+def _copy_base_files(base: Path, folder: Path, save_dtype: torch.dtype | None) -> None:
+    """Copy configuration, tokenizer and code files byte for byte; only a new dtype is noted."""
+    for path in sorted(base.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_dir() or path.name.startswith(".") or path.name == OSFT_FILE or is_index:
+            continue
+        if path.suffix not in _WEIGHT_SUFFIXES:
+            shutil.copyfile(path, folder / path.name)
+    if save_dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(save_dtype).removeprefix("torch.")
+        _write_json(folder / "config.json", config)
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder of that name; remains of an interrupted export are removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Make everything durable, then rename; an older folder steps aside first."""
+    for path in [*sorted(temporary.iterdir()), temporary]:
+        _sync(path)
+    old = out.with_name(f".{out.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    _sync(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _agree(failure: OSError | None, world: World, out: Path) -> None:
+    """Wait for rank 0 and raise on every rank if it failed."""
+    if world.size > 1:
+        failed = torch.tensor(int(failure is not None), device=world.device)
+        dist.all_reduce(failed)
+        if int(failed) and failure is None:
+            raise OSError(f"{out}: rank 0 could not write the export")
+    if failure is not None:
+        raise failure
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,150 @@
+"""From a row of packed samples to logits or to a sum of token losses.
+
+What lives here: how samples packed into one row are kept apart (attention, positions, labels), and
+the loss without full float32 logits. Called by `model.OSFTModel` and by evaluation. Must never:
+average (the caller divides by the global token count), or know about optimizers.
+
+A packed row is input_ids, position_ids and labels of shape [1, T]; position_ids restart at 0 where
+a sample begins. For the families in `PACKED_FAMILIES` (each one tested) transformers builds a mask
+per sample from position_ids when no attention_mask is given. Every other family gets a right-padded
+batch with an attention mask: slower, correct for all causal models.
+
+The balancing loss of expert models is not added: routers are frozen, so it could only move other
+weights to fit a router that does not move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+IGNORED = -100
+"""Label that does not count."""
+
+PACKED_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"}
+    | {"gpt2", "mixtral", "qwen2_moe", "qwen3_moe"}
+)
+"""config.model_type values for which packing and the chunked head are tested."""
+
+_CHUNK_TOKENS = 1024
+"""Labelled tokens whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a family turns hidden states into logits: softcap(scale * (hidden W^T + b))."""
+
+    projection: nn.Module
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits of [N, hidden]."""
+        logits: Tensor = self.projection(hidden).float() * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Logits [1, T, vocabulary] in the model's dtype; samples do not see one another."""
+    if hf.config.model_type in PACKED_FAMILIES:
+        out = hf(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return cast(Tensor, out.logits)
+    batch, mask = _unpack(input_ids, position_ids)
+    out = hf(input_ids=batch, attention_mask=mask, use_cache=False)
+    return cast(Tensor, out.logits)[mask.bool()][None]
+
+
+def packed_loss(
+    hf: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    fused: bool = False,
+) -> Tensor:
+    """Sum over labelled tokens of -log p(next token), a float32 scalar; 0 when none is labelled.
+
+    `fused` takes Liger's fused projection and cross entropy (CUDA only).
+    """
+    targets = next_token_labels(labels, position_ids)[0]
+    counted = targets != IGNORED
+    if hf.config.model_type not in PACKED_FAMILIES:
+        logits = packed_forward(hf, input_ids, position_ids)[0]
+        return cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+    out = hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden, targets = out.last_hidden_state[0][counted], targets[counted]
+    head = head_of(hf)
+    if hidden.shape[0] == 0:
+        # Keeps the graph, so that a rank without work takes part in the backward of the others.
+        return head.logits(out.last_hidden_state[0][:1]).sum() * 0.0
+    if fused:
+        return _fused_loss(head, hidden, targets)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, wanted in zip(
+        torch.split(hidden, _CHUNK_TOKENS), torch.split(targets, _CHUNK_TOKENS), strict=True
+    ):
+        total = total + checkpoint(_chunk_loss, head, rows, wanted, use_reentrant=False)
+    return total
+
+
+def next_token_labels(labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Labels shifted to the position that predicts them; none crosses from sample to sample."""
+    own = labels.masked_fill(position_ids == 0, IGNORED)
+    return torch.cat([own[:, 1:], torch.full_like(own[:, :1], IGNORED)], dim=1)
+
+
+def loss_tokens(labels: Tensor, position_ids: Tensor) -> int:
+    """Number of labels that `packed_loss` counts."""
+    return int((next_token_labels(labels, position_ids) != IGNORED).sum())
+
+
+def head_of(hf: PreTrainedModel) -> Head:
+    """The output projection and the family's scaling, from the configuration."""
+    config = hf.config
+    scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return Head(hf.get_output_embeddings(), scale, None if softcap is None else float(softcap))
+
+
+def _chunk_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(head.logits(hidden), targets, reduction="sum")
+
+
+def _fused_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    # Imported here because Liger needs Triton, which machines without CUDA do not have.
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    bias = getattr(head.projection, "bias", None)
+    assert bias is None or head.scale == 1.0, "no tested family scales a head with a bias"
+    loss: Tensor = liger_fused_linear_cross_entropy(
+        hidden * head.scale,
+        head.projection.weight,
+        targets,
+        bias,
+        reduction="sum",
+        softcap=head.softcap,
+    )
+    return loss.float()
+
+
+def _unpack(input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a packed row into a right-padded batch and its attention mask, [samples, longest]."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    if not starts or starts[0] != 0:
+        starts = [0, *starts]
+    ends = [*starts[1:], input_ids.shape[1]]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    batch = input_ids.new_zeros(len(lengths), max(lengths))
+    mask = torch.zeros_like(batch)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        batch[row, :length] = input_ids[0, start : start + length]
+        mask[row, :length] = 1
+    return batch, mask

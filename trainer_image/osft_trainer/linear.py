@@ -1,0 +1,252 @@
+"""One weight matrix whose update stays inside the free subspace.
+
+What lives here: `SubspaceWeight` (the tensors of one target and the algebra on them) and
+`SubspaceLinear` (the module that stands in for `nn.Linear` and `Conv1D`). Called by `model` and
+`experts`; sharded by `parallel`. Must never: choose targets, decompose, or start a process group.
+
+Allowed updates of W = U_h S_h V_h + U_0 S_0 V_0 are the dW with U_h^T dW = 0 and dW V_h^T = 0. This
+set is linear and is parameterised with W untouched and trainable factors that start at dW = 0:
+
+    form      dW                   trainable           projection
+    dense     F                    F: rows x cols      none (every direction is free)
+    square    U_0 F V_0            F: r x r            none (also `core` on any shape)
+    tall      F V_0                F: rows x r         U_h^T F = 0
+    wide      U_0 F                F: r x cols         F V_h^T = 0
+    factored  U S V - U_0 S_0 V_0  U, S, V             U_h^T U = 0 and V V_h^T = 0
+
+The effective weight W + dW is formed once per optimizer step (`refresh`), in the base's dtype.
+Trainables and bases are float32: bases in bfloat16 would leak 2^-9 of every update into the kept
+part.
+
+Sharded (FSDP2): parameters are DTensors outside forward, rows split over the ranks; `base` and the
+kept bases are DTensor buffers which FSDP does not gather. Methods below then work on local rows.
+Expert tensors are split over experts, so that nothing has to be exchanged for them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from osft_trainer.gradients import FactoredProduct, FactoredWeight, UpdateProduct, UpdateWeight
+from osft_trainer.subspace import Split
+
+
+class SubspaceWeight(nn.Module):
+    """A frozen base weight and the trainable factors of its update.
+
+    `effective` is W + dW; `base` is W. Frozen bases are parameters without gradient, so that FSDP2
+    gathers them for backward in the compute dtype.
+    """
+
+    base: Tensor
+    kept_rows: Tensor | None
+    kept_cols: Tensor | None
+
+    def __init__(self, weight: Tensor, split: Split, rank: int, parameterization: str) -> None:
+        """`weight` is [experts x] rows x cols; `split` holds `subspace.needed_parts` of it."""
+        super().__init__()
+        assert rank > 0, "a target without free directions stays an ordinary frozen parameter"
+        self.batched = weight.dim() == 3
+        self.form = _form(weight, split, rank, parameterization)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.effective = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.register_buffer("base", weight.detach(), persistent=False)
+        self.register_buffer("kept_rows", split.kept_rows, persistent=False)
+        self.register_buffer("kept_cols", split.kept_cols, persistent=False)
+        self.free_rows = _frozen(split.free_rows)
+        self.free_cols = _frozen(split.free_cols)
+        self.free_values = _frozen(split.free_values)
+        if self.form == "factored":
+            self.left = nn.Parameter(_present(split.free_rows).clone())
+            self.values = nn.Parameter(_present(split.free_values).clone())
+            self.right = nn.Parameter(_present(split.free_cols).clone())
+        else:
+            rows, cols = weight.shape[-2:]
+            shape = (
+                *weight.shape[:-2],
+                rows if split.free_rows is None else rank,
+                cols if split.free_cols is None else rank,
+            )
+            self.factor = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+
+    def multiply(self, x: Tensor, bias: Tensor | None, stored_in_out: bool) -> Tensor:
+        """The product of x ([..., in]) with the effective weight, plus bias."""
+        if self.form == "factored":
+            y = FactoredProduct.apply(  # type: ignore[no-untyped-call]
+                x, self.effective, bias, stored_in_out, self.left, self.values, self.right
+            )
+        else:
+            y = UpdateProduct.apply(  # type: ignore[no-untyped-call]
+                x, self.effective, bias, stored_in_out, self.factor, self.free_rows, self.free_cols
+            )
+        return cast(Tensor, y)
+
+    def weight(self) -> Tensor:
+        """The effective weight, carrying the gradient of the factors."""
+        if self.form == "factored":
+            w = FactoredWeight.apply(  # type: ignore[no-untyped-call]
+                self.effective, self.left, self.values, self.right
+            )
+        else:
+            w = UpdateWeight.apply(  # type: ignore[no-untyped-call]
+                self.effective, self.factor, self.free_rows, self.free_cols
+            )
+        return cast(Tensor, w)
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove from the gradients what would move kept directions; before clipping."""
+        for factor, side in self._projected():
+            if factor.grad is not None:
+                self._project(factor.grad, side)
+
+    @torch.no_grad()
+    def project_values(self) -> None:
+        """The same for the values, because Adam's element-wise steps leave the subspace."""
+        for factor, side in self._projected():
+            self._project(factor.data, side)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Form W + dW again, in place; after the values changed."""
+        base = _local(self.base)
+        _local(self.effective.data).copy_(base + self._delta(whole=False))
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """W + dW with all rows, in the trainables' dtype. Collective when sharded."""
+        return _full(self.base) + self._delta(whole=True)
+
+    @torch.no_grad()
+    def leak(self) -> float:
+        """Largest share of the update that touches kept directions, in float64; 0 without update.
+
+        max(|U_h^T dW|, |dW V_h^T|) / |dW| (Frobenius). Where a kept basis is not stored, the kept
+        part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. Collective when sharded.
+        """
+        delta = self._delta(whole=True, dtype=torch.float64)
+        total = delta.norm()
+        if self.form == "dense" or total == 0:
+            return 0.0
+        if self.kept_rows is not None:
+            rows = _full(self.kept_rows).double().mT @ delta
+        else:
+            free = _full(_present(self.free_rows)).double()
+            rows = delta - free @ (free.mT @ delta)
+        if self.kept_cols is not None:
+            cols = delta @ _full(self.kept_cols).double().mT
+        else:
+            free = _full(_present(self.free_cols)).double()
+            cols = delta - (delta @ free.mT) @ free
+        return float(torch.maximum(rows.norm(), cols.norm()) / total)
+
+    def _projected(self) -> list[tuple[nn.Parameter, str]]:
+        """The factors that need projection, each with the side it touches."""
+        if self.form == "tall":
+            return [(self.factor, "rows")]
+        if self.form == "wide":
+            return [(self.factor, "cols")]
+        if self.form == "factored":
+            return [(self.left, "rows"), (self.right, "cols")]
+        return []
+
+    def _project(self, values: Tensor, side: str) -> None:
+        """Subtract U_h (U_h^T values) for rows, (values V_h^T) V_h for cols; in place."""
+        local = _local(values)
+        if side == "rows":
+            kept = _local(_present(self.kept_rows))
+            coefficients = kept.mT @ local
+            if isinstance(values, DTensor) and not self.batched:
+                # Every rank holds some rows of both: the products are partial sums.
+                dist.all_reduce(coefficients, group=values.device_mesh.get_group())
+            local.sub_(kept @ coefficients)
+        else:
+            kept = self._far(_present(self.kept_cols))
+            local.sub_((local @ kept.mT) @ kept)
+
+    def _delta(self, whole: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """dW, all of it or this rank's rows (experts); in the trainables' dtype unless given."""
+
+        def near(part: Tensor) -> Tensor:
+            return (_full(part) if whole else _local(part)).to(dtype or part.dtype)
+
+        def far(part: Tensor) -> Tensor:
+            return (_full(part) if whole else self._far(part)).to(dtype or part.dtype)
+
+        if self.form == "factored":
+            trained = (near(self.left) * far(self.values)[..., None, :]) @ far(self.right)
+            rows, cols = _present(self.free_rows), _present(self.free_cols)
+            start = (near(rows) * far(_present(self.free_values))[..., None, :]) @ far(cols)
+            return trained - start
+        if self.free_rows is None:
+            delta = near(self.factor)
+        else:
+            delta = near(self.free_rows) @ far(self.factor)
+        return delta if self.free_cols is None else delta @ far(self.free_cols)
+
+    def _far(self, part: Tensor) -> Tensor:
+        """What multiplies from the right: all of it, or only this rank's experts."""
+        return _local(part) if self.batched else _full(part)
+
+
+class SubspaceLinear(nn.Module):
+    """Stands in for `nn.Linear` (weight out x in) or `Conv1D` (weight in x out)."""
+
+    def __init__(self, subspace: SubspaceWeight, bias: nn.Parameter | None, conv1d: bool) -> None:
+        """`bias` is the replaced module's own parameter."""
+        super().__init__()
+        self.subspace = subspace
+        self.bias = bias
+        self.conv1d = conv1d
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, for model code that reads it; its gradient reaches the factors."""
+        return self.subspace.weight()
+
+    @property
+    def in_features(self) -> int:
+        """Length of the input's last axis."""
+        return self.subspace.effective.shape[0 if self.conv1d else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Length of the output's last axis."""
+        return self.subspace.effective.shape[1 if self.conv1d else 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.subspace.multiply(x, bias, self.conv1d)
+
+
+def _form(weight: Tensor, split: Split, rank: int, parameterization: str) -> str:
+    if parameterization == "factored":
+        return "factored"
+    if rank == min(weight.shape[-2:]):
+        return "dense"
+    if split.free_rows is not None and split.free_cols is not None:
+        return "square"
+    return "tall" if split.free_rows is None else "wide"
+
+
+def _frozen(part: Tensor | None) -> nn.Parameter | None:
+    return None if part is None else nn.Parameter(part, requires_grad=False)
+
+
+def _present(part: Tensor | None) -> Tensor:
+    assert part is not None, "the decomposition left out a part that this form needs"
+    return part
+
+
+def _local(part: Tensor) -> Tensor:
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+def _full(part: Tensor) -> Tensor:
+    return part.full_tensor() if isinstance(part, DTensor) else part

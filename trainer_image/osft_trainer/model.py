@@ -1,0 +1,242 @@
+"""Loading a language model and turning it into one that trains in its free subspace.
+
+What lives here: reading a local HF folder, optional kernels, `convert`, and `OSFTModel`, the object
+the training loop drives. Called by the training loop, export and tests. Must never: download, read
+pickles, choose ranks (`targets` does), or start a process group (`parallel` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from osft_trainer.experts import MasterParameter, replace_parameter
+from osft_trainer.forward import packed_loss
+from osft_trainer.linear import SubspaceLinear, SubspaceWeight
+from osft_trainer.subspace import Split, split_weight
+from osft_trainer.targets import Plan, Target
+
+Decompose = Callable[[Target, Tensor], Split]
+"""Decomposition provider: `decompose_weight(plan)`, or a cache around it."""
+
+
+class OSFTModel(nn.Module):
+    """A transformers model whose targets are converted.
+
+    One optimizer step: backward of every micro-batch, `project_gradients`, clip, optimizer step,
+    `finish_step`. Calling it returns the SUM of token losses of a packed row.
+    """
+
+    def __init__(self, hf: PreTrainedModel, plan: Plan, fused_loss: bool = False) -> None:
+        """`fused_loss` takes Liger's fused cross entropy; CUDA only."""
+        super().__init__()
+        self.hf = hf
+        self.plan = plan
+        self.fused_loss = fused_loss
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """[1, T] each; returns a float32 scalar, see `forward.packed_loss`."""
+        return packed_loss(self.hf, input_ids, position_ids, labels, self.fused_loss)
+
+    def trainables(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name, in a stable order; DTensors after `parallel.shard`."""
+        return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+    def subspaces(self) -> Iterator[tuple[str, SubspaceWeight]]:
+        """Every converted target with its path, in a stable order."""
+        for name, module in self.hf.named_modules():
+            if isinstance(module, SubspaceWeight):
+                yield name, module
+
+    def project_gradients(self) -> None:
+        """Remove kept directions from the gradients. After the last backward, before clipping."""
+        for _, subspace in self.subspaces():
+            subspace.project_gradients()
+
+    def finish_step(self) -> None:
+        """Project values and form the effective weights. After every change of the trainables."""
+        for _, subspace in self.subspaces():
+            subspace.project_values()
+            subspace.refresh()
+
+    def leak(self) -> float:
+        """Largest relative leak into kept directions of all targets; collective when sharded."""
+        return max((subspace.leak() for _, subspace in self.subspaces()), default=0.0)
+
+
+def load_model(
+    model_path: str | Path,
+    compute_dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Read a causal language model from a local folder with safetensors weights.
+
+    Raises:
+        ValueError: if the folder is missing, or holds no safetensors weights.
+    """
+    folder = Path(model_path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model_path: {folder} is no model folder (no config.json); "
+            "give a local folder as written by save_pretrained"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model_path: {folder} holds no .safetensors files; other formats can run code while "
+            "they are read, so convert the model with save_pretrained first"
+        )
+
+    def read(attention: str) -> PreTrainedModel:
+        return cast(
+            PreTrainedModel,
+            AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention,
+            ),
+        )
+
+    try:
+        model = read(attn_implementation)
+    except ValueError as error:
+        # Gemma 2 (capped attention scores) and some others have no sdpa; eager is always there.
+        if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        model = read("eager")
+    model.train()
+    return model
+
+
+def load_tokenizer(
+    model_path: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a local model folder."""
+    return cast(
+        PreTrainedTokenizerBase,
+        AutoTokenizer.from_pretrained(
+            Path(model_path), local_files_only=True, trust_remote_code=trust_remote_code
+        ),
+    )
+
+
+def apply_liger(model: PreTrainedModel, use_liger: bool, device: torch.device) -> str | None:
+    """Patch the model with Liger kernels; before `convert`.
+
+    Returns:
+        None when they are on, else one line why they are off, for the caller to log.
+    """
+    if not use_liger:
+        return "Liger kernels are off: use_liger is false"
+    if device.type != "cuda":
+        return f"Liger kernels are off: they need CUDA and this run uses {device.type}"
+    try:
+        # Imported here because Liger needs Triton, which machines without CUDA do not have.
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        return f"Liger kernels are off: liger-kernel cannot be imported ({error})"
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger kernels are off: liger-kernel has none for {model.config.model_type}"
+    # The cross entropy is `forward`'s business; patching the model's own would change nothing.
+    _apply_liger_kernel_to_instance(
+        model=model, fused_linear_cross_entropy=False, cross_entropy=False
+    )
+    return None
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each block's activations in backward instead of keeping them.
+
+    Raises:
+        ValueError: if the model's code does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"activation checkpointing: {type(model).__name__} does not support it; switch it off"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def decompose_weight(plan: Plan) -> Decompose:
+    """The provider without a cache: decompose on the weight's device in float64."""
+
+    def decompose(target: Target, weight: Tensor) -> Split:
+        return split_weight(weight, target.free_rank, plan.parameterization)
+
+    return decompose
+
+
+def convert(
+    model: PreTrainedModel,
+    plan: Plan,
+    decompose: Decompose | None = None,
+    fused_loss: bool = False,
+) -> OSFTModel:
+    """Carry out a plan on the model, in place: afterwards only planned parameters train.
+
+    Frozen weights keep the dtype they were loaded in, trainables become float32.
+
+    Raises:
+        ValueError: if a target's weight holds NaN or infinity.
+    """
+    decompose = decompose or decompose_weight(plan)
+    model.requires_grad_(False)
+    trained = list(plan.trained_others)
+    for target in plan.targets:
+        if target.free_rank == 0:
+            continue
+        if plan.parameterization == "dense":
+            trained.append(target.parameter)
+            continue
+        weight = model.get_parameter(target.parameter).detach()
+        try:
+            split = decompose(target, weight)
+        except ValueError as error:
+            raise ValueError(f"model_path: {target.parameter}: {error}") from error
+        subspace = SubspaceWeight(weight, split, target.free_rank, plan.parameterization)
+        _install(model, target, subspace)
+    _train_in_full(model, trained)
+    return OSFTModel(model, plan, fused_loss)
+
+
+def _install(model: PreTrainedModel, target: Target, subspace: SubspaceWeight) -> None:
+    owner = model.get_submodule(target.module)
+    if target.kind == "experts":
+        replace_parameter(owner, target.parameter.rpartition(".")[2], subspace)
+        return
+    bias = cast(nn.Parameter | None, owner.bias)
+    model.set_submodule(target.module, SubspaceLinear(subspace, bias, target.kind == "conv1d"))
+
+
+def _train_in_full(model: PreTrainedModel, names: list[str]) -> None:
+    """Make ordinary parameters trainable; those in lower precision get a float32 master."""
+    masters: dict[int, MasterParameter] = {}
+    wanted = {id(model.get_parameter(name)): name for name in names}
+    # Tied parameters have one name in the plan but two owners; both must read the master.
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in wanted:
+                continue
+            if parameter.dtype in (torch.float32, torch.float64):
+                parameter.requires_grad_(True)
+            elif isinstance(module, SubspaceLinear):
+                module.bias = nn.Parameter(parameter.detach().float())
+            else:
+                master = masters.setdefault(
+                    id(parameter), MasterParameter(parameter, parameter.dtype)
+                )
+                replace_parameter(module, name, master)

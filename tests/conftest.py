@@ -1,0 +1,3 @@
+"""What every test may ask for: the cluster's fixtures."""
+
+pytest_plugins = ["cluster.fixtures"]

@@ -1,0 +1,158 @@
+"""What the watches, the lists and our own writes have said, in plain dicts.
+
+Watches (handlers), lists (resync) and answers to writes (reconcile) put objects in; reconcile and
+polling read. Every object belongs to one OSFTJob: itself, or the one its label names. Used from the
+main event loop only; must never call the cluster, and what it returns must not be changed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Kind, Object
+from osft_operator.names import JOB_LABEL
+from osft_operator.queue import Key
+
+WATCHED = (OSFTJOBS, PYTORCHJOBS, PODS, CLAIMS)
+"""The kinds that are watched and listed."""
+REMEMBERED_UIDS = 20000
+"""Deleted objects that are remembered, so that a late answer does not bring them back."""
+POD_SPEC_FIELDS = ("nodeName", "hostNetwork")
+"""All that is kept of a pod's spec: it is by far the largest part, and nothing reads it."""
+
+
+def selector(kind: Kind) -> str:
+    """Label selector, for the server, of the objects of a kind that concern us."""
+    return "" if kind is OSFTJOBS else JOB_LABEL
+
+
+class Cache:
+    """Objects by kind and name, and by the OSFTJob they belong to."""
+
+    def __init__(self) -> None:
+        self._objects: dict[Kind, dict[tuple[str, str], Object]] = {kind: {} for kind in WATCHED}
+        self._children: dict[Kind, dict[Key, set[str]]] = {kind: {} for kind in WATCHED}
+        self._gone: OrderedDict[str, None] = OrderedDict()
+
+    def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
+        """One object, or None."""
+        return self._objects[kind].get((namespace, name))
+
+    def all(self, kind: Kind) -> Iterable[Object]:
+        """Every object of a kind."""
+        return self._objects[kind].values()
+
+    def children(self, kind: Kind, key: Key) -> list[Object]:
+        """Objects of a kind whose label names this OSFTJob, by name. Owners are not compared."""
+        names = sorted(self._children[kind].get(key, ()))
+        return [self._objects[kind][key.namespace, name] for name in names]
+
+    def jobs(self) -> list[Key]:
+        """Every OSFTJob."""
+        return [Key(*name) for name in self._objects[OSFTJOBS]]
+
+    def put(self, kind: Kind, body: Object) -> Key | None:
+        """Remember an object, unless it is older than what is known.
+
+        Returns:
+            The OSFTJob that this is news for; None when it is no news.
+        """
+        metadata = body["metadata"]
+        name = (metadata["namespace"], metadata["name"])
+        known = self._objects[kind].get(name)
+        if metadata["uid"] in self._gone or (known and not _newer(body, known)):
+            return None
+        if known and _job(kind, known) != _job(kind, body):
+            self._unlink(kind, known)
+        self._objects[kind][name] = _trimmed(kind, body)
+        key = _job(kind, body)
+        if key is not None:
+            self._children[kind].setdefault(key, set()).add(metadata["name"])
+        return key
+
+    def remove(self, kind: Kind, body: Object) -> Key | None:
+        """Forget an object that was deleted.
+
+        Returns:
+            The OSFTJob that this is news for; None when it is no news.
+        """
+        metadata = body["metadata"]
+        self._gone[metadata["uid"]] = None
+        if len(self._gone) > REMEMBERED_UIDS:
+            self._gone.popitem(last=False)
+        known = self._objects[kind].get((metadata["namespace"], metadata["name"]))
+        if known is None or known["metadata"]["uid"] != metadata["uid"]:
+            return None
+        self._unlink(kind, known)
+        del self._objects[kind][metadata["namespace"], metadata["name"]]
+        return _job(kind, known)
+
+    def replace(
+        self, kind: Kind, namespace: str | None, bodies: Sequence[Object], version: str
+    ) -> set[Key]:
+        """Take over a whole list; what is not in it and not newer than it is a ghost.
+
+        Args:
+            kind: what was listed.
+            namespace: where; None for everywhere.
+            bodies: the objects.
+            version: resourceVersion of the list.
+
+        Returns:
+            The OSFTJobs that this is news for.
+        """
+        changed = {self.put(kind, body) for body in bodies}
+        present = {body["metadata"]["uid"] for body in bodies}
+        for body in list(self.all(kind)):
+            metadata = body["metadata"]
+            elsewhere = namespace is not None and metadata["namespace"] != namespace
+            if elsewhere or metadata["uid"] in present:
+                continue
+            if _number(metadata["resourceVersion"]) <= _number(version):
+                changed.add(self.remove(kind, body))
+        return {key for key in changed if key is not None}
+
+    def clear(self, kind: Kind) -> set[Key]:
+        """Forget every object of a kind that no longer exists."""
+        removed = {self.remove(kind, body) for body in list(self.all(kind))}
+        return {key for key in removed if key is not None}
+
+    def _unlink(self, kind: Kind, body: Object) -> None:
+        key = _job(kind, body)
+        if key is None:
+            return
+        names = self._children[kind][key]
+        names.discard(body["metadata"]["name"])
+        if not names:
+            del self._children[kind][key]
+
+
+def _job(kind: Kind, body: Object) -> Key | None:
+    metadata = body["metadata"]
+    if kind is OSFTJOBS:
+        return Key(metadata["namespace"], metadata["name"])
+    job = (metadata.get("labels") or {}).get(JOB_LABEL)
+    return Key(metadata["namespace"], job) if job else None
+
+
+def _newer(body: Object, known: Object) -> bool:
+    """Whether to take `body` over `known` of the same name."""
+    # Also with another uid: of two objects of one name, the one written later is there.
+    new, old = body["metadata"], known["metadata"]
+    return _number(new["resourceVersion"]) > _number(old["resourceVersion"])
+
+
+def _number(version: str) -> int:
+    """A resourceVersion to compare; they are numbers that grow within a kind."""
+    return int(version) if version.isdigit() else 0
+
+
+def _trimmed(kind: Kind, body: Object) -> Object:
+    metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
+    kept: dict[str, Any] = {**body, "metadata": metadata}
+    if kind is PODS:
+        spec = body.get("spec") or {}
+        kept["spec"] = {name: spec[name] for name in POD_SPEC_FIELDS if name in spec}
+    return kept

@@ -1,0 +1,132 @@
+"""The only user of kopf: watches, and nothing but watches.
+
+Called by informer. kopf logs in, lists and watches the kinds it is given, and calls a handler per
+event; the handler hands the raw object on and returns. kopf runs on a thread with a loop of its
+own, since at its end it cancels every task of its loop. Its other powers stay unused on purpose: no
+finalizers, annotations, events, status, indexes or timers. Must never decide anything, and never
+touch the cache: `seen` is called on the main loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import kopf
+
+from osft_operator import names
+from osft_operator.cache import selector
+from osft_operator.cluster import PAGE_SIZE, Kind, Object
+from osft_operator.settings import Settings
+
+PREFIX = names.GROUP
+"""Prefix of whatever kopf would write, so that nothing foreign could ever appear."""
+ERROR_WAITS = (1, 2, 3, 5, 8, 13, 21, 34)
+"""Seconds between tries of a failing watch: about a minute and a half, then this process ends."""
+
+Seen = Callable[[Kind, str | None, Object], None]
+"""Takes the kind, the event's type (None in the first list) and the object."""
+
+
+class Watches:
+    """One run of kopf over a fixed set of kinds that exist."""
+
+    def __init__(self, settings: Settings, kinds: Sequence[Kind], seen: Seen) -> None:
+        self._settings = settings
+        self._kinds = kinds
+        self._seen = seen
+        self._loop = asyncio.get_running_loop()
+        self._stop = threading.Event()
+        self._ended: Future[None] = Future()
+        # From now on nobody who waits for it can cancel it.
+        self._ended.set_running_or_notify_cancel()
+        self._thread = threading.Thread(target=self._run, name="watches", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    async def ended(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            Exception: whatever ended a watch; without `stop`, an end is always an error.
+        """
+        await asyncio.wrap_future(self._ended)
+
+    async def stop(self) -> None:
+        """End the watches and wait for that; what they died of is not told here."""
+        self._stop.set()
+        await asyncio.wait([asyncio.wrap_future(self._ended)])
+
+    def _run(self) -> None:
+        namespaces = self._settings.namespaces
+        try:
+            asyncio.run(
+                kopf.operator(
+                    registry=self._registry(),
+                    settings=kopf_settings(self._kinds),
+                    clusterwide=not namespaces,
+                    namespaces=namespaces,
+                    stop_flag=self._stop,
+                    standalone=True,
+                )
+            )
+            if not self._stop.is_set():
+                raise RuntimeError("the watches ended without being asked to")
+            self._ended.set_result(None)
+        except BaseException as error:
+            # Whatever it was, the main thread must hear of it, or the operator works blindly.
+            self._ended.set_exception(error)
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        kopf.on.login(registry=registry, retries=5)(_login)
+        for kind in self._kinds:
+            kopf.on.event(
+                kind.group, kind.version, kind.plural, registry=registry, id=f"seen-{kind.plural}"
+            )(self._handler(kind))
+        return registry
+
+    def _handler(self, kind: Kind) -> Callable[..., Any]:
+        async def handler(event: Any, **_: Any) -> None:
+            if self._loop.is_closed():
+                return
+            self._loop.call_soon_threadsafe(self._seen, kind, event["type"], event["object"])
+
+        return handler
+
+
+def _login(**arguments: Any) -> Any:
+    return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+
+
+def kopf_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
+    """Settings that make kopf a watcher: selectors on the server, everything else inert."""
+    settings = kopf.OperatorSettings()
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.posting.enabled = False
+    settings.persistence.finalizer = f"{PREFIX}/unused"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=PREFIX, v1=False)
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX, v1=False)
+    settings.watching.chunk_size = PAGE_SIZE
+    # A watch that says nothing for so long is opened anew: load balancers drop silent ones.
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 310
+    settings.watching.connect_timeout = 30
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.networking.error_backoffs = ERROR_WAITS
+    settings.networking.enforce_retry_after = True
+    # The process itself ends hard if need be; kopf must not.
+    settings.process.ultimate_exiting_timeout = None
+    for kind in kinds:
+        if chosen := selector(kind):
+            # Only the form of three parts filters: "group/version/plural" as one string is read
+            # as a group of that name and matches nothing.
+            settings.watching.label_selectors[kind.group, kind.version, kind.plural] = chosen
+    return settings

@@ -1,0 +1,131 @@
+"""Keeps the cache like the cluster: one first list, watches, and a list again from time to time.
+
+Called by service. `sync` must have ended before anything is decided, or a child that is there would
+be missed. A kind that comes or goes (the PyTorchJob's definition) is noticed here, and the watches
+start anew with the kinds that exist. A watch that dies otherwise ends the process: better restarted
+than blind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from osft_operator import metrics
+from osft_operator.cache import WATCHED, Cache
+from osft_operator.cluster import Cluster, ClusterError, Kind, Object
+from osft_operator.handlers import Watches
+from osft_operator.queue import Key
+from osft_operator.resync import Resync
+from osft_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_WAIT_SECONDS = 30.0
+"""Longest wait between tries of the first list."""
+
+
+class WatchEnded(Exception):
+    """The operator no longer hears what happens."""
+
+
+class Informer:
+    """The cache's sources."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        cache: Cache,
+        *,
+        news: Callable[[Key], None],
+        resynced: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._news = news
+        self._resynced = resynced
+        self._resync = Resync(cluster, cache, settings.namespaces)
+
+    def serves(self, kind: Kind) -> bool:
+        """Whether the API server had this kind when last asked."""
+        return kind in self._resync.present
+
+    async def sync(self) -> None:
+        """List everything, and try until that succeeds. Every OSFTJob is news then."""
+        wait = 1.0
+        while not await self._list():
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, MAX_WAIT_SECONDS)
+
+    async def run(self) -> None:
+        """Watch and list until cancelled.
+
+        Raises:
+            WatchEnded: when a watch died.
+        """
+        while True:
+            await self._watch(frozenset(filter(self.serves, WATCHED)))
+
+    async def _watch(self, kinds: frozenset[Kind]) -> None:
+        """Watch these kinds until others exist."""
+        for kind in WATCHED:
+            if kind not in kinds:
+                logger.warning("The kind %s is not installed; looking for it", kind.kind)
+        watches = Watches(self._settings, [kind for kind in WATCHED if kind in kinds], self._seen)
+        watches.start()
+        ended = asyncio.create_task(watches.ended())
+        others = asyncio.create_task(self._until_other_kinds(kinds))
+        try:
+            await asyncio.wait({ended, others}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            others.cancel()
+            await watches.stop()
+            await asyncio.wait({ended, others})
+        error = ended.exception()
+        if error is None:
+            return
+        # A kind whose definition was deleted ends its watch, and that alone is no reason to die.
+        if not await self._list() or kinds == frozenset(filter(self.serves, WATCHED)):
+            raise WatchEnded(f"a watch ended: {error!r}") from error
+
+    async def _until_other_kinds(self, kinds: frozenset[Kind]) -> None:
+        """List from time to time, until other kinds exist."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._settings.resync_seconds
+        while kinds == frozenset(filter(self.serves, WATCHED)):
+            pause = due - loop.time()
+            if len(kinds) < len(WATCHED):
+                pause = min(pause, self._settings.kind_check_seconds)
+            await asyncio.sleep(max(0.0, pause))
+            if loop.time() >= due or await self._kind_came():
+                await self._list()
+                due = loop.time() + self._settings.resync_seconds
+
+    async def _kind_came(self) -> bool:
+        try:
+            return await self._resync.serves_new()
+        except ClusterError as error:
+            logger.warning("The kinds could not be looked up: %s", error)
+            return False
+
+    async def _list(self) -> bool:
+        """List everything once; False when that failed."""
+        try:
+            await self._resync.run()
+        except ClusterError as error:
+            logger.warning("The lists could not be read: %s", error)
+            return False
+        # Every job is looked at again, changed or not: whatever was missed is found here.
+        for key in self._cache.jobs():
+            self._news(key)
+        self._resynced()
+        return True
+
+    def _seen(self, kind: Kind, event: str | None, body: Object) -> None:
+        metrics.watch_events.labels(kind.plural).inc()
+        change = self._cache.remove if event == "DELETED" else self._cache.put
+        key = change(kind, body)
+        if key is not None:
+            self._news(key)

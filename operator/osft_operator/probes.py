@@ -1,0 +1,107 @@
+"""Liveness and readiness: whether work goes on, not only whether the process does.
+
+`Health` gathers what the parts say of themselves; `serve` answers the kubelet from a thread of its
+own, so that a busy event loop is reported as late, not mistaken for dead. Called by service. Must
+never call the cluster: an API server that is away is no reason to restart the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import threading
+import time
+from collections.abc import Callable
+
+from osft_operator import metrics
+from osft_operator.settings import Settings
+
+BEAT_SECONDS = 1.0
+"""How often the event loop shows that it runs."""
+RESYNCS_MISSED = 4
+"""So many resync intervals without a finished resync mean that work has stopped."""
+
+
+class Health:
+    """What is known about this process. Written on the event loop, read on the probes' thread."""
+
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._beat = clock()
+        self._oldest = 0.0
+        self._resync: float | None = None
+        self.ready = False
+        """Whether this replica can do its part: a standby at once, a worker once it has synced."""
+
+    def beat(self, oldest_seconds: float) -> None:
+        """The event loop runs, and the key that waits longest has waited so long."""
+        self._beat = self._clock()
+        self._oldest = oldest_seconds
+
+    def resynced(self) -> None:
+        """A resync ended; from the first one on, they must go on."""
+        self._resync = self._clock()
+        metrics.resync_timestamp.set_to_current_time()
+
+    def problems(self) -> list[str]:
+        """Why this process should be restarted; empty when it should not."""
+        now, found = self._clock(), []
+        silent = now - self._beat
+        if silent > self._settings.loop_stall_seconds:
+            found.append(f"the event loop stands still for {silent:.0f} s")
+        if self._oldest > self._settings.queue_stall_seconds:
+            found.append(f"an OSFTJob waits for {self._oldest:.0f} s")
+        longest = RESYNCS_MISSED * self._settings.resync_seconds
+        if self._resync is not None and now - self._resync > longest:
+            found.append(f"the last resync ended {now - self._resync:.0f} s ago")
+        return found
+
+    async def keep_beating(self, oldest_seconds: Callable[[], float]) -> None:
+        """Beat until cancelled."""
+        while True:
+            before = self._clock()
+            await asyncio.sleep(BEAT_SECONDS)
+            metrics.loop_lag.set(max(0.0, self._clock() - before - BEAT_SECONDS))
+            self.beat(oldest_seconds())
+
+
+def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], None]]:
+    """Answer /healthz and /readyz on a thread of its own.
+
+    Returns:
+        The port and a function that ends it.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 5
+
+        def do_GET(self) -> None:
+            if self.path == "/healthz":
+                problems = health.problems()
+            elif self.path == "/readyz":
+                problems = [] if health.ready else ["the first sync is not done yet"]
+            else:
+                self.send_error(404)
+                return
+            body = ("\n".join(problems) or "ok").encode()
+            self.send_response(503 if problems else 200)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Probes come every few seconds; the log is for changes."""
+
+    server = http.server.ThreadingHTTPServer((address, port), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="probes", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_port, close

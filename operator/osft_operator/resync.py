@@ -1,0 +1,73 @@
+"""Lists everything and compares: the caches' first filling, and the remedy for what watches miss.
+
+Called by service at the start and then periodically. A watch that was interrupted does not say what
+was deleted meanwhile; a list does. A kind that does not exist is a result, not an error. Must never
+decide anything about a job.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from osft_operator import metrics
+from osft_operator.cache import WATCHED, Cache, selector
+from osft_operator.cluster import Cluster, Kind, KindMissing
+from osft_operator.queue import Key
+
+logger = logging.getLogger(__name__)
+
+
+class Resync:
+    """The kinds that exist, and lists of them."""
+
+    def __init__(self, cluster: Cluster, cache: Cache, namespaces: Sequence[str]) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._namespaces: Sequence[str | None] = namespaces or [None]
+        self._synced: frozenset[Kind] = frozenset()
+
+    @property
+    def present(self) -> frozenset[Kind]:
+        """Kinds that the last pass found."""
+        return self._synced
+
+    async def serves_new(self) -> bool:
+        """Whether a kind that was missing has come."""
+        missing = [kind for kind in WATCHED if kind not in self._synced]
+        return any([await self._cluster.serves(kind) for kind in missing])
+
+    async def run(self) -> set[Key]:
+        """List every kind once.
+
+        Returns:
+            The OSFTJobs for which this is news.
+
+        Raises:
+            ClusterError: when a list could not be read; nothing is forgotten then.
+        """
+        changed: set[Key] = set()
+        present = set()
+        for kind in WATCHED:
+            found = await self._list(kind)
+            if found is None:
+                changed |= self._cache.clear(kind)
+                continue
+            present.add(kind)
+            changed |= found
+            if kind in self._synced and found:
+                metrics.resync_drift.labels(kind.plural).inc(len(found))
+                logger.info("The list of %s held news of %d jobs", kind.plural, len(found))
+        self._synced = frozenset(present)
+        return changed
+
+    async def _list(self, kind: Kind) -> set[Key] | None:
+        """The news of a kind; None when there is no such kind."""
+        changed: set[Key] = set()
+        for namespace in self._namespaces:
+            try:
+                listing = await self._cluster.list_all(kind, namespace, labels=selector(kind))
+            except KindMissing:
+                return None
+            changed |= self._cache.replace(kind, namespace, listing.items, listing.version)
+        return changed

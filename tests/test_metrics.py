@@ -1,0 +1,89 @@
+"""Metrics and probes over HTTP, as Prometheus and the kubelet read them."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+
+from osft_operator import metrics, probes
+from osft_operator.settings import Settings
+
+
+def fetch(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_metrics_have_the_names_that_dashboards_know() -> None:
+    metrics.reconciles.labels(metrics.CONTROLLER, "success").inc()
+    metrics.api_requests.labels("200", "GET").inc()
+    port, close = metrics.serve("127.0.0.1", 0)
+    try:
+        code, text = fetch(port, "/metrics")
+    finally:
+        close()
+    assert code == 200
+    assert 'controller_runtime_reconcile_total{controller="osftjob",result="success"}' in text
+    assert 'rest_client_requests_total{code="200",method="GET"}' in text
+    assert "workqueue_depth" in text
+
+
+def test_a_phase_that_no_job_is_in_goes_to_zero() -> None:
+    metrics.count_phases({"Running": 3})
+    metrics.count_phases({"Succeeded": 1})
+    assert metrics.registry.get_sample_value("osftjob_jobs", {"phase": "Running"}) == 0
+    assert metrics.registry.get_sample_value("osftjob_jobs", {"phase": "Succeeded"}) == 1
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_probes_answer_and_readiness_waits_for_the_first_sync() -> None:
+    clock = Clock()
+    health = probes.Health(Settings(), clock=clock)
+    port, close = probes.serve(health, "127.0.0.1", 0)
+    try:
+        assert fetch(port, "/healthz") == (200, "ok")
+        assert fetch(port, "/readyz")[0] == 503
+        health.ready = True
+        assert fetch(port, "/readyz") == (200, "ok")
+        assert fetch(port, "/elsewhere")[0] == 404
+        clock.now += 31
+        code, text = fetch(port, "/healthz")
+        assert code == 503
+        assert "the event loop stands still for 31 s" in text
+    finally:
+        close()
+
+
+def test_liveness_fails_when_work_stops_though_the_loop_runs() -> None:
+    clock = Clock()
+    health = probes.Health(Settings(), clock=clock)
+    health.resynced()
+    health.beat(601)
+    assert health.problems() == ["an OSFTJob waits for 601 s"]
+    health.beat(0)
+    assert health.problems() == []
+    clock.now += 1201
+    health.beat(0)
+    assert health.problems() == ["the last resync ended 1201 s ago"]
+    health.resynced()
+    assert health.problems() == []
+
+
+def test_a_standby_that_never_syncs_is_healthy() -> None:
+    clock = Clock()
+    health = probes.Health(Settings(), clock=clock)
+    clock.now += 10**6
+    health.beat(0)
+    assert health.problems() == []

@@ -1,0 +1,139 @@
+"""What a run is made of, before its first step: prepared data, the model, the plan on paper.
+
+Called by `train`, by all ranks together. Must never: train, or write anything but the cache and
+plan.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+
+import torch
+
+from osft_trainer import decomposition
+from osft_trainer.agreement import from_first_rank
+from osft_trainer.config import TrainingParameters
+from osft_trainer.data import open_prepared, prepare
+from osft_trainer.model import (
+    OSFTModel,
+    apply_liger,
+    convert,
+    enable_activation_checkpointing,
+    load_model,
+    load_tokenizer,
+)
+from osft_trainer.parallel import World, shard
+from osft_trainer.prepared import PreparedData
+from osft_trainer.report import RunFolder, write_atomically
+from osft_trainer.targets import Plan, plan_targets
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_data(training: TrainingParameters, folder: RunFolder, world: World) -> PreparedData:
+    """Tokenise on the first rank, open on the others.
+
+    Raises:
+        ValueError: on every rank, when the data or the tokenizer cannot be used.
+    """
+
+    def on_first_rank() -> str:
+        tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
+        prepared = prepare(
+            training.data_path,
+            tokenizer,
+            max_seq_len=training.max_seq_len,
+            on_overlong=training.on_overlong,
+            cache_root=folder.cache,
+        )
+        return str(prepared.folder)
+
+    return open_prepared(from_first_rank(world, on_first_rank))
+
+
+def build_model(
+    training: TrainingParameters,
+    folder: RunFolder,
+    world: World,
+    *,
+    base_digest: str,
+    prepared: PreparedData,
+    steps: int | None,
+) -> tuple[OSFTModel, str]:
+    """Load, plan, decompose, convert, shard; plan.json is written on the way.
+
+    Returns:
+        The model on its device, and the digest of its decomposition.
+
+    Raises:
+        ValueError: the model cannot be trained like this, or nothing of it would be.
+    """
+    dtype = _compute_dtype(training.compute_dtype, world.device)
+    hf = load_model(training.model_path, dtype, training.trust_remote_code)
+    plan = plan_targets(
+        hf,
+        training.unfreeze_rank_ratio,
+        training.parameterization,
+        training.target_patterns,
+        training.other_parameters,
+    )
+    if plan.trainable == 0:
+        raise ValueError(
+            f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
+            f"{training.other_parameters} leaves nothing to train: raise one of them"
+        )
+    _write_plan(plan, prepared, steps, folder, world)
+    liger_off = apply_liger(hf, training.use_liger, world.device)
+    if world.rank == 0:
+        logger.info("%s", liger_off or "Liger kernels are on")
+    if training.activation_checkpointing:
+        enable_activation_checkpointing(hf)
+    bases = decomposition.prepare(
+        hf, plan, cache=folder.cache, base_digest=base_digest, world=world
+    )
+    model = convert(hf, plan, decompose=bases.decompose, fused_loss=liger_off is None)
+    shard(model, world)
+    return model, bases.digest
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _write_plan(
+    plan: Plan, prepared: PreparedData, steps: int | None, folder: RunFolder, world: World
+) -> None:
+    """Put on paper, and in the log, what will be trained on what."""
+    counts = prepared.counts
+    document = {
+        **plan.to_json(),
+        "steps": steps,
+        "processes": world.size,
+        "data": {"digest": prepared.digest, **asdict(counts)},
+    }
+
+    def on_first_rank() -> str:
+        logger.info(
+            "%d matrices are targets; of %d numbers %d are trained; %d parameters that are no "
+            "target stay frozen, %d are trained",
+            len(plan.targets),
+            plan.total,
+            plan.trainable,
+            len(plan.uncovered),
+            len(plan.trained_others),
+        )
+        logger.info(
+            "%d samples with %d loss tokens; %s optimizer steps; %d processes",
+            counts.samples,
+            counts.loss_tokens,
+            "endless" if steps is None else steps,
+            world.size,
+        )
+        write_atomically(folder.plan, json.dumps(document, indent=1) + "\n")
+        return ""
+
+    from_first_rank(world, on_first_rank)

@@ -1,0 +1,201 @@
+"""States to resume from: `checkpoints/step-NNNNNNNN/`, written whole or not at all.
+
+Lives here: saving, finding the newest state that is intact, loading it on any number of ranks, and
+removing old ones. Called by `train` and `loop`, by all ranks together. Must never: use pickle,
+leave a half-written folder under a name that counts, or remove the newest state.
+
+A folder holds `state.json` (where the run stands and whose it is), per rank the files of `shards`,
+and COMPLETE, written last. There is no state of random numbers or of the schedule: both follow from
+the step (`loop`, `schedule`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osft_trainer.agreement import any_rank, barrier, from_first_rank
+from osft_trainer.parallel import World
+from osft_trainer.report import RunFolder
+from osft_trainer.shards import Trainables, open_shard, read_rows, sync, write_shard
+
+FORMAT = 1
+"""Raised when the files change; a state of another format is not read."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: after `step` optimizer steps, with (epoch, batch) the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_tokens: int = 0
+    """Loss tokens of all steps so far."""
+    loss: float | None = None
+    """Of the last step."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is saved and restored, besides the position."""
+
+    trainables: Trainables
+    optimizer: torch.optim.Optimizer
+    decomposition: str
+    """Digest of the bases that the trainables are factors of."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The states of one run folder, as one attempt of the run sees them."""
+
+    folder: RunFolder
+    world: World
+    attempt: int
+    keep: int
+    check_owner: Callable[[], None]
+    """Raises Superseded when a newer attempt owns the folder; called on the first rank."""
+
+    def save(self, state: State, position: Position) -> Path:
+        """Write the state of all ranks, durable when this returns; then remove older ones.
+
+        Raises:
+            Superseded: on every rank, when a newer attempt owns the folder.
+        """
+        target = self.folder.checkpoint(position.step)
+        work = target.with_name(f".{target.name}.attempt-{self.attempt}.partial")
+        from_first_rank(self.world, partial(_make_empty, work))
+        write_shard(work, self.world.rank, state.trainables, state.optimizer)
+        barrier(self.world)
+        from_first_rank(self.world, lambda: self._publish(work, target, state, position))
+        return target
+
+    def load(self, state: State) -> Position | None:
+        """Restore the newest intact state, in place; None when there is none.
+
+        A damaged state is set aside with a warning and the one before is taken.
+
+        Raises:
+            ValueError: the newest intact state belongs to another model or decomposition.
+        """
+        names = from_first_rank(self.world, self._names)
+        for name in reversed(names.split()):
+            path = self.folder.checkpoints / name
+            if any_rank(not self._is_intact(path), self.world):
+                from_first_rank(self.world, partial(_set_aside, path))
+                continue
+            return self._restore(path, state)
+        return None
+
+    def _restore(self, path: Path, state: State) -> Position:
+        saved = _read_meta(path)
+        assert saved is not None, "is_intact has read it"
+        if saved["decomposition"] != state.decomposition:
+            raise ValueError(
+                f"checkpoint {path} belongs to another decomposition or base model "
+                f"({saved['decomposition']}, here {state.decomposition}): start anew with "
+                "on_existing_run restart"
+            )
+        found = [open_shard(path, rank) for rank in range(saved["worldSize"])]
+        read_rows([shard for shard in found if shard], state.trainables, state.optimizer)
+        return Position(**saved["position"])
+
+    def _names(self) -> str:
+        """Complete states, oldest first; remains of interrupted saves are removed on the way."""
+        if self.folder.checkpoints.is_dir():
+            for path in self.folder.checkpoints.glob(".step-*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return " ".join(path.name for path in self.folder.complete_checkpoints())
+
+    def _is_intact(self, path: Path) -> bool:
+        """Whether this rank's share of the files is what was written; all are read once."""
+        saved = _read_meta(path)
+        if saved is None or saved.get("format") != FORMAT:
+            return False
+        for rank in range(int(saved["worldSize"])):
+            shard = open_shard(path, rank)
+            if shard is None:
+                return False
+            if rank % self.world.size == self.world.rank and not shard.is_intact():
+                return False
+        return True
+
+    def _publish(self, work: Path, target: Path, state: State, position: Position) -> str:
+        meta = {
+            "format": FORMAT,
+            "worldSize": self.world.size,
+            "attempt": self.attempt,
+            "decomposition": state.decomposition,
+            "position": asdict(position),
+        }
+        (work / "state.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        sync(work / "state.json")
+        sync(work)
+        self.check_owner()
+        if target.exists():  # without COMPLETE: a crash fell between rename and marker
+            _remove(target)
+        work.rename(target)
+        sync(target.parent)
+        name = mark_complete(target)
+        for old in self.folder.complete_checkpoints()[: -self.keep]:
+            _remove(old)
+        return name
+
+
+def mark_complete(folder: Path) -> str:
+    """Write the marker that makes a folder count, durably; return the folder's path."""
+    marker = folder / "COMPLETE"
+    marker.touch()
+    sync(marker)
+    sync(folder)
+    return str(folder)
+
+
+def _make_empty(folder: Path) -> str:
+    """A new folder; what an interrupted save left under this name goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return str(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a state, by rename first: half-removed it must not look complete."""
+    gone = path.with_name(f".{path.name}.removed")
+    if gone.exists():
+        shutil.rmtree(gone)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _set_aside(path: Path) -> str:
+    """Take a damaged state out of the sequence, so that it is never counted as the newest."""
+    aside = path.with_name(f"{path.name}.damaged")
+    logger.warning(
+        "checkpoint %s is damaged (a file is cut or changed) and is not used; it is kept as %s",
+        path,
+        aside.name,
+    )
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    return str(aside)
+
+
+def _read_meta(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

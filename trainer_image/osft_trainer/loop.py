@@ -1,0 +1,251 @@
+"""The optimizer steps of a run.
+
+Lives here: one step as a true mean over the tokens of all ranks, and everything that happens
+between steps: metrics, progress, saving, stopping. Called by `train` on every rank. Must never: let
+a number that is not finite reach the optimizer, or take a decision that ranks could take
+differently.
+
+Loss of a step = (sum of token losses over all micro-batches and ranks) / (their loss tokens). The
+random numbers of a step follow from seed, step and rank, so that a resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import torch
+
+from osft_trainer.agreement import any_rank
+from osft_trainer.checkpoint import Checkpoints, Position, State
+from osft_trainer.config import TrainingParameters
+from osft_trainer.model import OSFTModel
+from osft_trainer.optimizer import set_learning_rate
+from osft_trainer.outcome import Diverged
+from osft_trainer.packing import GlobalBatch, batches, batches_per_epoch
+from osft_trainer.parallel import World, clip_gradients, set_gradient_sync, sum_over_ranks
+from osft_trainer.prepared import PreparedData
+from osft_trainer.progress import Reporter
+from osft_trainer.schedule import LearningRates
+from osft_trainer.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 10.0
+"""Least time between two lines of the log about steps."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step gave."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """All that the steps of one run need."""
+
+    training: TrainingParameters
+    world: World
+    model: OSFTModel
+    state: State
+    prepared: PreparedData
+    rates: LearningRates
+    total_steps: int | None
+    checkpoints: Checkpoints
+    tracker: Tracker | None
+    """On the first rank only."""
+    reporter: Reporter
+    stop: threading.Event
+    export_epoch: Callable[[OSFTModel, Position], None]
+    """Writes the model at the end of an epoch; collective."""
+
+    def run(self, position: Position) -> tuple[Position, bool]:
+        """Train from a position to the end of the run, or until a stop is asked for.
+
+        Returns:
+            Where it ended, and whether it was stopped before its end; then the state is saved.
+
+        Raises:
+            Diverged: a loss or gradient is not finite; the weights are those of the step before.
+        """
+        saved_step = position.step
+        last_log = -math.inf
+        for batch in self._batches(position):
+            if any_rank(self.stop.is_set(), self.world):
+                self._save_if_new(position, saved_step)
+                return position, True
+            done = self._step(batch, position)
+            position = _after(position, batch, done)
+            self._record(batch, position, done)
+            if time.monotonic() - last_log >= _LOG_SECONDS:
+                last_log = time.monotonic()
+                self._log(position, done)
+            if self._after_step(batch, position):
+                saved_step = position.step
+        # The export may outlast the time that a stop leaves, or meet a full disk.
+        wanted = self.training.checkpoint_every_steps or not self.training.save_final_checkpoint
+        if any_rank(self.stop.is_set(), self.world) or wanted:
+            self._save_if_new(position, saved_step)
+        return position, False
+
+    def _batches(self, position: Position) -> Iterator[GlobalBatch]:
+        found = batches(
+            self.prepared,
+            effective_batch_size=self.training.effective_batch_size,
+            max_tokens_per_gpu=self.training.max_tokens_per_gpu,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.training.seed,
+            start_epoch=position.epoch,
+            start_batch=position.batch,
+        )
+        step = position.step
+        while self.total_steps is None or step < self.total_steps:
+            yield next(found)
+            step += 1
+
+    def _step(self, batch: GlobalBatch, position: Position) -> Step:
+        begin = time.monotonic()
+        rate = self.rates(position.step)
+        set_learning_rate(self.state.optimizer, rate)
+        seed_step(self.training.seed, position.step, self.world.rank)
+        loss = backward(self.model, batch, self.world)
+        self.model.project_gradients()
+        norm = clip_gradients(
+            self.state.trainables.values(), self.training.max_grad_norm, self.world
+        )
+        _check_finite(loss, norm, position)
+        self.state.optimizer.step()
+        self.model.finish_step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return Step(loss, norm, rate, time.monotonic() - begin)
+
+    def _record(self, batch: GlobalBatch, position: Position, done: Step) -> None:
+        speed = batch.tokens / max(done.seconds, 1e-9)
+        epoch = batch.epoch + (batch.index + 1) / self._batches_per_epoch
+        if self.tracker is not None:
+            row: dict[str, float | int | str] = {
+                "step": position.step,
+                "epoch": epoch,
+                "loss": done.loss,
+                "lr": done.learning_rate,
+                "gradNorm": done.grad_norm,
+                "tokens": batch.tokens,
+                "samples": batch.samples,
+                "lossTokens": batch.loss_tokens,
+                "tokensPerSecond": speed,
+                "seconds": done.seconds,
+                "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            }
+            if self.total_steps is not None:
+                row["totalSteps"] = self.total_steps
+            self.tracker.write(row)
+        self.reporter.update(
+            phase="Training",
+            step=position.step,
+            epoch=epoch,
+            loss=done.loss,
+            learning_rate=done.learning_rate,
+            grad_norm=done.grad_norm,
+            tokens_per_second=speed,
+        )
+
+    def _log(self, position: Position, done: Step) -> None:
+        if self.world.rank == 0:
+            of_all = "" if self.total_steps is None else f" of {self.total_steps}"
+            logger.info(
+                "step %d%s: loss %.4f, learning rate %.3g, gradient norm %.3g",
+                position.step,
+                of_all,
+                done.loss,
+                done.learning_rate,
+                done.grad_norm,
+            )
+
+    def _after_step(self, batch: GlobalBatch, position: Position) -> bool:
+        """Export and save what is due. The export comes first: a state says that it is there."""
+        epoch_ends = batch.is_last and self.training.checkpoint_at_epoch
+        every = self.training.checkpoint_every_steps
+        if epoch_ends:
+            self.export_epoch(self.model, position)
+        due = epoch_ends or (every is not None and position.step % every == 0)
+        if due:
+            self._save(position)
+        return due
+
+    def _save_if_new(self, position: Position, saved_step: int) -> None:
+        if position.step > saved_step:
+            self._save(position)
+
+    def _save(self, position: Position) -> None:
+        """Save a state to resume from and say so."""
+        self.reporter.update(phase="Saving")
+        if self.tracker is not None:
+            self.tracker.sync()
+        path = self.checkpoints.save(self.state, position)
+        if self.world.rank == 0:
+            logger.info("saved the state after step %d in %s", position.step, path)
+        self.reporter.update(
+            phase="Training", latest_checkpoint=str(path), latest_checkpoint_step=position.step
+        )
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return batches_per_epoch(len(self.prepared), self.training.effective_batch_size)
+
+
+def _after(position: Position, batch: GlobalBatch, done: Step) -> Position:
+    return Position(
+        step=position.step + 1,
+        epoch=batch.epoch,
+        batch=batch.index + 1,
+        loss_tokens=position.loss_tokens + batch.loss_tokens,
+        loss=done.loss,
+    )
+
+
+def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> float:
+    """Leave the gradient of the batch's mean token loss in the trainables; return that loss.
+
+    Every rank runs every round, a rank without samples on a stand-in: FSDP waits for all.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    last = len(batch.micro_batches) - 1
+    for number, micro in enumerate(batch.micro_batches):
+        set_gradient_sync(model, world, number == last)
+        loss_sum = model(
+            input_ids=micro.input_ids.to(world.device),
+            position_ids=micro.position_ids.to(world.device),
+            labels=micro.labels.to(world.device),
+        )
+        (loss_sum / batch.loss_tokens).backward()
+        total += loss_sum.detach().double()
+    return sum_over_ranks(float(total), world) / batch.loss_tokens
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers (dropout) of one step on one rank; resuming needs no saved state."""
+    # Odd multipliers keep neighbours apart; 63 bits is what torch takes.
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    torch.manual_seed(mixed % 2**63)
+
+
+def _check_finite(loss: float, norm: float, position: Position) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+    before = "no step was done" if position.loss is None else f"last loss {position.loss:.4f}"
+    raise Diverged(
+        f"the {what} at step {position.step + 1} ({before}); the weights are those of the step "
+        "before. Try a lower learning_rate, more warmup_steps or a lower max_grad_norm"
+    )

@@ -1,6 +1,6 @@
 """Small skills on strings of digits: data, tokenizer and exact-match scoring.
 
-Used by the demo and by the end-to-end tests. A skill is a word and a function on digits; a sample is
+Used by the demo and the end-to-end tests. A skill is a word and a function on digits; a sample is
 the chat `user: rev 3 1 4` / `assistant: 4 1 3`. Needs no hub: the tokenizer is built here.
 """
 
@@ -53,7 +53,7 @@ def write_jsonl(path: Path, skill: str, count: int, seed: int) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def tokenizer() -> "object":
+def tokenizer() -> object:
     """A transformers tokenizer with one token a digit, skill word and role."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

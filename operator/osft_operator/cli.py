@@ -1,0 +1,141 @@
+"""The `osft` command: run, render and validate OSFTJobs on this machine.
+
+Entry point only: reads files, calls local, render and spec, prints. Exit codes: 0 succeeded, 1 the
+job failed, 2 bad input, 130 interrupted after saving. Must never import torch or talk to a cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from osft_operator import names, policy, render
+from osft_operator.local import LocalJob
+from osft_operator.resolved import RenderSettings, resolve
+from osft_operator.spec import OSFTJob, problems
+from osft_operator.terminal import Screen, print_status
+
+Object = dict[str, Any]
+
+SUCCEEDED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_FOLDER = Path("osft-volumes")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = arguments.action(arguments)
+    except (ValueError, OSError) as error:
+        print(f"osft: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="osft", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run an OSFTJob on this machine, without a cluster")
+    run.set_defaults(action=_run)
+    run.add_argument("file", help="OSFTJob as YAML, or - for standard input")
+    run.add_argument(
+        "--volumes",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        help="folder that stands for the cluster's storage: one folder in it per claim "
+        "(default: %(default)s)",
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress bar, only the status")
+    show = commands.add_parser("render", help="print the PyTorchJob that an OSFTJob becomes")
+    show.set_defaults(action=_render)
+    show.add_argument("file", help="OSFTJob as YAML, or - for standard input")
+    show.add_argument("--image", default="osft-trainer:latest", help="trainer image, if unset")
+    check = commands.add_parser("validate", help="print every problem of an OSFTJob")
+    check.set_defaults(action=_validate)
+    check.add_argument("file", nargs="+", help="OSFTJobs as YAML, or - for standard input")
+    return parser
+
+
+def load(file: str) -> list[Object]:
+    """The OSFTJobs of a file; other kinds in it are passed over.
+
+    Raises:
+        ValueError: no YAML, or no OSFTJob in it.
+    """
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    try:
+        documents = [item for item in yaml.safe_load_all(text) if item is not None]
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    jobs = [item for item in documents if isinstance(item, dict) and item.get("kind") == names.KIND]
+    if not jobs:
+        raise ValueError(f"{file} holds no document of kind {names.KIND}: set apiVersion and kind")
+    return jobs
+
+
+def _one(file: str) -> Object | None:
+    """The one valid OSFTJob of a file; None after its problems have been printed."""
+    bodies = load(file)
+    if len(bodies) > 1:
+        raise ValueError(f"{file} holds {len(bodies)} OSFTJobs: give one")
+    return bodies[0] if _report(file, bodies[0]) else None
+
+
+def _report(file: str, body: Object) -> bool:
+    found = problems(body)
+    if not found:
+        job = OSFTJob.model_validate(body)
+        found = [f"{denial.field}: {denial.message}" for denial in policy.denials(job)]
+    for line in found:
+        print(f"{file}: {line}", file=sys.stderr)
+    return not found
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    valid = True
+    for file in arguments.file:
+        for body in load(file):
+            if _report(file, body):
+                print(f"{file}: OSFTJob {body['metadata']['name']} is valid")
+            else:
+                valid = False
+    return SUCCEEDED if valid else BAD_INPUT
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    body = _one(arguments.file)
+    if body is None:
+        return BAD_INPUT
+    job = OSFTJob.model_validate(body)
+    resolved = resolve(job, RenderSettings(trainer_image=arguments.image))
+    claim = render.checkpoint_claim(job, resolved)
+    manifests = [item for item in (claim, render.pytorch_job(job, resolved)) if item is not None]
+    print(yaml.safe_dump_all(manifests, sort_keys=False), end="")
+    return SUCCEEDED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    body = _one(arguments.file)
+    if body is None:
+        return BAD_INPUT
+    volumes = arguments.volumes.resolve()
+    work_dir = volumes / ".run" / str(body["metadata"]["name"])
+    shutil.rmtree(work_dir, ignore_errors=True)
+    job = LocalJob(body, volumes, work_dir)
+    with Screen(job, quiet=arguments.quiet) as screen:
+        try:
+            status = job.run(screen.update)
+        except KeyboardInterrupt:
+            screen.say("stopping; the state is saved first, press Ctrl-C again to kill")
+            job.stop()
+            screen.close()
+            print("stopped; run the same command again to go on from the newest checkpoint")
+            return INTERRUPTED
+    print_status(job)
+    return SUCCEEDED if status["phase"] == "Succeeded" else FAILED

@@ -1,0 +1,223 @@
+"""The CRD's CEL rules: what a schema alone cannot say, each with the field and the cure.
+
+Called by crd. The same rules stand in spec as Python, where CEL cannot run; test_crd_server holds
+an accepted and a refused sample for each. A rule is checked by the API server at each write, so the
+bounds of the schema keep its cost small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from osft_operator import names
+from osft_trainer.config import ENDLESS_SCHEDULES
+from osft_trainer.report import METRICS_PORT
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One `x-kubernetes-validations` entry."""
+
+    at: str
+    """Path of the schema it belongs to; `[]` is a list's item. Empty: the whole object."""
+    rule: str
+    """CEL."""
+    message: str
+    """What is wrong and what to do."""
+    field: str = ""
+    """Field below `at` that is named in the error."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it stands in the CRD."""
+        entry = {"rule": self.rule, "message": self.message, "reason": "FieldValueInvalid"}
+        return {**entry, "fieldPath": self.field} if self.field else entry
+
+
+def _fixed(path: str) -> Rule:
+    """What defines the training does not change after the start."""
+    parts = path.split(".")
+    now, before = f"self.{path}", f"oldSelf.{path}"
+    same = f"{now} == {before}"
+    if parts[-1] in ("image", "nprocPerNode"):  # may be absent
+        same = f"has({now}) == has({before}) && (!has({now}) || {same})"
+    return Rule(
+        "",
+        f"!has(oldSelf.status) || !has(oldSelf.status.startTime) || ({same})",
+        f"{path} is fixed once the run has started (status.startTime); delete the OSFTJob and "
+        "create it anew, or create another",
+        f".{path}",
+    )
+
+
+def _exactly_one(at: str, *fields: str) -> Rule:
+    count = " + ".join(f"(has(self.{field}) ? 1 : 0)" for field in fields)
+    return Rule(
+        at,
+        f"{count} == 1",
+        f"exactly one of {', '.join(fields)} is needed: keep one of them",
+        f".{fields[0]}",
+    )
+
+
+def _needs(at: str, field: str, other: str) -> Rule:
+    return Rule(
+        at,
+        f"!has(self.{field}) || has(self.{other})",
+        f"{field} has no effect without {other}: set {other}",
+        f".{field}",
+    )
+
+
+def _excludes(at: str, field: str, other: str) -> Rule:
+    return Rule(
+        at,
+        f"!has(self.{field}) || !has(self.{other})",
+        f"{field} and {other} exclude each other: keep one of them",
+        f".{field}",
+    )
+
+
+def _no_climb(at: str, field: str) -> Rule:
+    return Rule(
+        at,
+        f"!has(self.{field}) || !self.{field}.matches('(^/|(^|/)[.][.](/|$))')"
+        if field == "subPath"
+        else f"!self.{field}.matches('(^|/)[.][.](/|$)')",
+        f"{field} must not contain `..`"
+        + (" or begin with /: write a path inside the volume" if field == "subPath" else ""),
+        f".{field}",
+    )
+
+
+TRAINING = "spec.training"
+CHECKPOINTS = "spec.storage.checkpoints"
+MOUNT = "spec.storage.mounts[]"
+CACHE = "spec.storage.cache"
+
+
+def _limit(mode: str, field: str, needed: bool) -> list[Rule]:
+    """A training mode has its limit, and no other mode has it."""
+    own = Rule(
+        TRAINING,
+        f"self.trainingMode == '{mode}' || !has(self.{field})",
+        f"{field} has an effect in trainingMode {mode} only: remove it or change trainingMode",
+        f".{field}",
+    )
+    must = Rule(
+        TRAINING,
+        f"self.trainingMode != '{mode}' || has(self.{field})",
+        f"trainingMode {mode} needs {field}: set it",
+        f".{field}",
+    )
+    return [own, must] if needed else [own]
+
+
+_RESERVED_VARIABLE = " || ".join(
+    [
+        *(f"self.name.startsWith('{prefix}')" for prefix in names.RESERVED_ENVIRONMENT_PREFIXES),
+        f"self.name in {list(names.RESERVED_ENVIRONMENT)}",
+    ]
+)
+_OWN_PATHS = f"[self.checkpoints.mountPath, self.cache.mountPath] + {list(names.RESERVED_PATHS)}"
+
+RULES = [
+    Rule(
+        "",
+        f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH} && "
+        f"self.metadata.name.matches('{names.NAME_PATTERN}')",
+        "the name must be lower case letters, digits and `-`, begin with a letter, end with a "
+        f"letter or digit, and have at most {names.MAX_NAME_LENGTH} characters: choose a shorter "
+        "or plainer name",
+        ".metadata.name",
+    ),
+    *map(
+        _fixed,
+        (
+            "spec.training",
+            "spec.nnodes",
+            "spec.nprocPerNode",
+            "spec.rendezvous",
+            "spec.image",
+            "spec.storage",
+            "spec.onExistingRun",
+        ),
+    ),
+    Rule(
+        "spec",
+        "!has(self.training.ckptOutputDir) || (self.training.ckptOutputDir.startsWith("
+        "self.storage.checkpoints.mountPath + '/') && "
+        "!self.training.ckptOutputDir.matches('(^|/)[.][.](/|$)'))",
+        "ckptOutputDir must be a folder below storage.checkpoints.mountPath, without `..`: remove "
+        "it to use the default",
+        ".training.ckptOutputDir",
+    ),
+    Rule(
+        TRAINING,
+        "self.maxSeqLen <= self.maxTokensPerGpu",
+        "maxSeqLen must be at most maxTokensPerGpu: lower maxSeqLen or raise maxTokensPerGpu",
+        ".maxSeqLen",
+    ),
+    *_limit("epoch", "numEpochs", needed=False),
+    *_limit("step", "maxSteps", needed=True),
+    *_limit("token", "maxTokens", needed=True),
+    Rule(
+        TRAINING,
+        f"self.trainingMode != 'infinite' || self.lrScheduler in {list(ENDLESS_SCHEDULES)}",
+        "this schedule needs an end, trainingMode infinite has none: use one of "
+        + ", ".join(ENDLESS_SCHEDULES),
+        ".lrScheduler",
+    ),
+    _needs(TRAINING, "wandbEntity", "wandbProject"),
+    _needs(TRAINING, "wandbRunName", "wandbProject"),
+    Rule(
+        "spec.rendezvous",
+        f"self.port != {METRICS_PORT}",
+        f"port {METRICS_PORT} is the one of /metrics: choose another",
+        ".port",
+    ),
+    _exactly_one(CHECKPOINTS, "claimName", "size"),
+    _excludes(CHECKPOINTS, "storageClassName", "claimName"),
+    _excludes(CHECKPOINTS, "accessModes", "claimName"),
+    _no_climb(CHECKPOINTS, "mountPath"),
+    _no_climb(CHECKPOINTS, "subPath"),
+    _exactly_one(MOUNT, "claimName", "configMapName", "secretName"),
+    Rule(
+        MOUNT,
+        f"!(self.name in {list(names.RESERVED_VOLUMES)})",
+        "this volume name is the operator's own: choose another",
+        ".name",
+    ),
+    _no_climb(MOUNT, "mountPath"),
+    _no_climb(MOUNT, "subPath"),
+    _excludes(CACHE, "claimName", "sizeLimit"),
+    _no_climb(CACHE, "mountPath"),
+    Rule(
+        "spec.storage",
+        f"!has(self.mounts) || self.mounts.all(a, !(a.mountPath in {_OWN_PATHS}) && "
+        "self.mounts.exists_one(b, b.mountPath == a.mountPath))",
+        "this mountPath is used twice, or by the operator (/tmp, /dev/shm): give each volume its "
+        "own",
+        ".mounts",
+    ),
+    Rule(
+        "spec.storage",
+        "self.checkpoints.mountPath != self.cache.mountPath && "
+        + " && ".join(
+            f"self.{each}.mountPath != '{path}'"
+            for each in ("checkpoints", "cache")
+            for path in names.RESERVED_PATHS
+        ),
+        "checkpoints and cache need a mountPath each, not /tmp or /dev/shm: change one",
+        ".checkpoints.mountPath",
+    ),
+    Rule(
+        "spec.env[]",
+        f"!({_RESERVED_VARIABLE})",
+        "this variable is set by torchrun and the operators: remove it",
+        ".name",
+    ),
+    _excludes("spec.env[]", "value", "valueFrom"),
+    _exactly_one("spec.env[].valueFrom", "secretKeyRef", "configMapKeyRef", "fieldRef"),
+    _exactly_one("spec.envFrom[]", "secretRef", "configMapRef"),
+]

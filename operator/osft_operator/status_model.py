@@ -1,0 +1,165 @@
+"""The shape of an OSFTJob's status: types, descriptions and bounds of every field.
+
+The CRD's status schema is written from it, and status and decide build it. Documents only: what
+the values mean for the next step is decide's. Every text is bounded, because part of it comes from
+pods, which are not trusted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from osft_operator.resolved import Resolved
+
+Time = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
+Reason = Annotated[str, Field(max_length=64)]
+Message = Annotated[str, Field(max_length=4096)]
+
+Phase = Literal[
+    "Pending",
+    "Queued",
+    "Starting",
+    "Running",
+    "Restarting",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+]
+
+
+class Part(BaseModel):
+    """One object of the status: camelCase, unknown names ignored on reading."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class Condition(Part):
+    """One statement about the job, with the time it last changed."""
+
+    type: Annotated[str, Field(max_length=64)]
+    """Accepted, Running, Suspended, Complete or Failed."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Reason
+    """One word why; part of the API."""
+    message: Message = ""
+    """The same for people."""
+    observed_generation: int = 0
+    """Generation of the OSFTJob it was said about."""
+    last_transition_time: Time
+    """When status last changed."""
+
+
+class NamedValue(Part):
+    """A further number by name."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """Name of the metric."""
+    value: Annotated[str, Field(max_length=64)]
+    """Its value, as text."""
+
+
+class ProgressStatus(Part):
+    """How far the run is, rounded for people. Names as in Kubeflow's TrainJob status."""
+
+    progress_percentage: int = Field(ge=0, le=100)
+    """0 to 100; 99 until the trained model is complete."""
+    summary: Annotated[str, Field(max_length=64)]
+    """For instance `42% 840/2000`."""
+    eta: Annotated[str, Field(max_length=32)] | None = None
+    """Time left in words, for instance 3h25m."""
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    total_steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps of the whole run; absent when it has no end."""
+    epoch: float | None = None
+    """Passes over the data done."""
+    total_epochs: float | None = None
+    """Passes of the whole run."""
+    loss: float | None = None
+    """Mean loss per counted token in the last step."""
+    learning_rate: float | None = None
+    """Learning rate of the last step."""
+    tokens_per_second: float | None = None
+    """Tokens of all ranks per second."""
+    estimated_remaining_seconds: int | None = Field(default=None, ge=0)
+    """Time left at the current speed, in seconds."""
+    last_updated_time: Annotated[str, Field(max_length=32)] | None = None
+    """When the trainer said so."""
+    metrics: Annotated[list[NamedValue], Field(max_length=16)] | None = None
+    """Further numbers."""
+
+
+class CheckpointStatus(Part):
+    """What the run has written."""
+
+    latest: Annotated[str, Field(max_length=1024)] | None = None
+    """Newest complete state to resume from, as the trainer sees it."""
+    latest_step: int | None = Field(default=None, ge=0)
+    """Its optimizer step."""
+    final: Annotated[str, Field(max_length=1024)] | None = None
+    """Folder of the trained model, once complete."""
+
+
+class FailureStatus(Part):
+    """The last failure: which container, how, and its last words."""
+
+    pod: Annotated[str, Field(max_length=253)] | None = None
+    """Name of the pod."""
+    container: Annotated[str, Field(max_length=63)] | None = None
+    """Name of the container."""
+    reason: Reason
+    """The trainer's word (BadInput, Diverged, ...) or the kubelet's (OOMKilled, ...)."""
+    exit_code: int | None = None
+    """Exit code of the container."""
+    message: Annotated[str, Field(max_length=2048)] = ""
+    """Its last words."""
+
+
+class JobStatus(Part):
+    """What the operator has seen and done. Written by the operator only."""
+
+    phase: Phase | None = None
+    """One word for people, worked out from the conditions."""
+    reason: Reason | None = None
+    """Why the job is in this phase."""
+    conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
+    """Accepted, Running, Suspended, Complete, Failed. Wait for Complete or Failed."""
+    observed_generation: int | None = None
+    """Generation of the spec that this status is about."""
+    start_time: Time | None = None
+    """When the first attempt was made; from then on the training is fixed."""
+    completion_time: Time | None = None
+    """When the job ended, well or not."""
+    attempt: int | None = Field(default=None, ge=1)
+    """Number of the PyTorchJob that is made or was made last."""
+    restarts: int | None = Field(default=None, ge=0)
+    """Failures after which the run started again."""
+    restarts_before_attempt: int | None = Field(default=None, ge=0)
+    """That number when this attempt began."""
+    py_torch_job_name: Annotated[str, Field(max_length=63)] | None = Field(
+        default=None, alias="pyTorchJobName"
+    )
+    """Name of the attempt's PyTorchJob."""
+    py_torch_job_uid: Annotated[str, Field(max_length=64)] | None = Field(
+        default=None, alias="pyTorchJobUID"
+    )
+    """Its uid, once it was seen."""
+    resolved: Resolved | None = None
+    """What was settled before the first attempt; every later one is made from it."""
+    progress: ProgressStatus | None = None
+    """How far the run is."""
+    checkpoint: CheckpointStatus | None = None
+    """What the run has written."""
+    failure: FailureStatus | None = None
+    """The last failure, also one that a restart cured."""

@@ -1,0 +1,87 @@
+"""The cache: newest wins, the gone stay gone, children are found, a list removes ghosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from osft_operator.cache import Cache
+from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS
+from osft_operator.names import JOB_LABEL
+from osft_operator.queue import Key
+
+KEY = Key("n", "job")
+
+
+def body(
+    name: str = "job", version: int = 1, uid: str = "u1", job: str | None = None, **more: Any
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "name": name,
+        "namespace": "n",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "managedFields": [{"manager": "somebody"}],
+    }
+    if job is not None:
+        metadata["labels"] = {JOB_LABEL: job}
+    return {"metadata": metadata, **more}
+
+
+def test_only_what_is_newer_is_news() -> None:
+    cache = Cache()
+    assert cache.put(OSFTJOBS, body(version=5)) == KEY
+    assert cache.put(OSFTJOBS, body(version=5)) is None
+    assert cache.put(OSFTJOBS, body(version=4)) is None
+    assert cache.put(OSFTJOBS, body(version=10)) == KEY, "versions are numbers, not words"
+    assert cache.jobs() == [KEY]
+
+
+def test_what_is_gone_stays_gone_but_its_name_can_come_again() -> None:
+    cache = Cache()
+    cache.put(OSFTJOBS, body(version=5))
+    assert cache.remove(OSFTJOBS, body(version=6)) == KEY
+    assert cache.put(OSFTJOBS, body(version=7)) is None, "a late answer brought it back"
+    assert cache.put(OSFTJOBS, body(version=8, uid="u2")) == KEY
+    assert cache.remove(OSFTJOBS, body(version=9)) is None, "the old one's end removed the new one"
+    assert cache.get(OSFTJOBS, "n", "job") is not None
+
+
+def test_children_are_found_by_label() -> None:
+    cache = Cache()
+    assert cache.put(PYTORCHJOBS, body("a", uid="a", job="job")) == KEY
+    cache.put(PYTORCHJOBS, body("b", uid="b", job="job"))
+    cache.put(PYTORCHJOBS, body("c", uid="c", job="other"))
+    cache.put(CLAIMS, body("d", uid="d"))
+    assert [child["metadata"]["name"] for child in cache.children(PYTORCHJOBS, KEY)] == ["a", "b"]
+    assert cache.children(CLAIMS, KEY) == []
+    cache.put(PYTORCHJOBS, body("a", 2, uid="a", job="other"))
+    assert [child["metadata"]["name"] for child in cache.children(PYTORCHJOBS, KEY)] == ["b"]
+    cache.remove(PYTORCHJOBS, body("b", 3, uid="b"))
+    assert cache.children(PYTORCHJOBS, KEY) == []
+
+
+def test_a_list_removes_ghosts_and_keeps_what_came_after_it() -> None:
+    cache = Cache()
+    cache.put(PODS, body("ghost", 3, uid="g", job="job"))
+    cache.put(PODS, body("kept", 4, uid="k", job="kept"))
+    cache.put(PODS, body("young", 20, uid="y", job="young"))
+    changed = cache.replace(PODS, "n", [body("kept", 4, uid="k", job="kept")], "10")
+    assert changed == {KEY}
+    assert sorted(pod["metadata"]["name"] for pod in cache.all(PODS)) == ["kept", "young"]
+    assert cache.replace(PODS, "elsewhere", [], "99") == set()
+    assert len(list(cache.all(PODS))) == 2, "a list of one namespace emptied another"
+
+
+def test_a_kind_that_is_gone_takes_its_objects_along() -> None:
+    cache = Cache()
+    cache.put(PYTORCHJOBS, body("a", uid="a", job="job"))
+    assert cache.clear(PYTORCHJOBS) == {KEY}
+    assert list(cache.all(PYTORCHJOBS)) == []
+
+
+def test_only_what_is_read_is_kept() -> None:
+    cache = Cache()
+    cache.put(PODS, body("p", job="job", spec={"nodeName": "n1", "containers": [{"env": []}]}))
+    (pod,) = cache.children(PODS, KEY)
+    assert pod["spec"] == {"nodeName": "n1"}
+    assert "managedFields" not in pod["metadata"]

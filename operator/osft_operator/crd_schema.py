@@ -41,9 +41,11 @@ def _convert(node: Object, definitions: Object) -> Object:
     if "properties" in result:
         fields = {name: _convert(part, definitions) for name, part in node["properties"].items()}
         result["properties"] = fields
-        for field in filter(_filled, fields.values()):
-            # else the defaults inside would not reach a job that leaves the object out
-            field["default"] = {}
+        for name, field in fields.items():
+            # else the defaults inside would not reach a job that leaves the object out; they are
+            # written out, since the server checks rules against the default as it stands
+            if name not in node.get("required", []) and (filled := _filled(field)):
+                field["default"] = filled
     elif result.get("type") == "object":
         _free_object(result, node.get("additionalProperties", True), definitions)
     if result.get("default", 0) in (None, ""):
@@ -73,7 +75,9 @@ def _free_object(result: Object, values: Any, definitions: Object) -> None:
     result.pop("propertyNames", None)
 
 
-def _filled(schema: Object) -> bool:
-    """Whether an absent object would get something by its fields' defaults."""
-    fields = schema.get("properties", {}).values()
-    return "required" not in schema and any("default" in field for field in fields)
+def _filled(schema: Object) -> Object:
+    """What an absent object gets by its fields' defaults; nothing if it has required fields."""
+    if "required" in schema:
+        return {}
+    fields = schema.get("properties", {}).items()
+    return {name: field["default"] for name, field in fields if "default" in field}

@@ -271,7 +271,7 @@ def test_arrays_are_little_endian_and_mapped(tmp_path: Path) -> None:
         "offsets.npy": "<i8",
         "loss_counts.npy": "<i4",
     }
-    assert isinstance(data._ids, np.memmap)
+    assert isinstance(data._ids.base, np.memmap)
 
 
 def test_missing_end_of_turn_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -172,6 +172,28 @@ def test_answer_that_starts_like_the_prompts_last_token_is_whole() -> None:
     assert runs == [["<the cat></s>"]]
 
 
+def test_control_token_that_swallows_the_answers_blank_is_not_trained() -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    swallowing = AddedToken("<assistant>", special=True, rstrip=True)
+    tokenizer.backend_tokenizer.add_special_tokens([swallowing])
+    masker = ChatMasker(tokenizer)
+    (sample,) = masker.tokenize(masker.texts(chat("hi", " cat")))
+    assert trained_runs(tokenizer, sample) == ["cat"]
+
+
+def test_empty_answer_trains_the_end_of_the_turn() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    special = ("<|assistant|>", "<|user|>", "<|end|>")
+    assert trained(template, chat("hi", ""), special=special) == [["<|end|>"]]
+
+
 def test_thoughts_of_the_answer_are_trained_with_it() -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"

@@ -193,6 +193,16 @@ def test_one_long_sample_shares_a_full_round() -> None:
     assert loads == [[10, 10], [4, 2]]
 
 
+def test_rounds_that_hold_everything_are_not_followed_by_an_empty_one() -> None:
+    """Spreading overflows here where filling does not."""
+    sizes = [9, 9, 23, 23, 28, 55, 69, 73, 92]
+    rounds = pack(sizes, 2, 100)
+    loads = [[sum(sizes[p] for p in members) for members in bins] for bins in rounds]
+    assert len(rounds) == 2
+    assert sum(map(sum, loads)) == sum(sizes)
+    assert max(map(max, loads)) <= 100
+
+
 def test_sample_beyond_the_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match="12 tokens, more than max_tokens_per_gpu 10"):
         pack([3, 12], 2, 10)

@@ -92,7 +92,8 @@ class ChatMasker:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            text = self._render(messages[: index + 1], tools)
+            is_last = index == len(messages) - 1
+            text = full if is_last else self._render(messages[: index + 1], tools)
             start, is_prefix = self._turn_start(messages, index, tools, text)
             end = self._turn_end(text, start)
             ended = text[:end].endswith(self._end_texts)

@@ -1,0 +1,103 @@
+"""One rank as a process: `python -m osft_trainer ARGS`, started by the launcher.
+
+Reads the arguments, turns signals into the stop event, runs `worker.run`, and leaves the rank's
+last words and exit code. Must never train, or decide anything about other ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from osft_trainer import last_words
+from osft_trainer.arguments import TrainerArguments, from_argv
+from osft_trainer.last_words import REPORTS_ENV, LastWords
+from osft_trainer.report import Progress, RunFolder, read_document
+
+_PR_SET_PDEATHSIG = 1
+"""prctl option: the signal that this process gets when its parent dies."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run this rank and exit with the code of `report.ExitCode`."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s"
+    )
+    if REPORTS_ENV in os.environ:
+        _end_with_parent()
+        last_words.forget(rank, os.environ)
+    arguments: TrainerArguments | None = None
+    try:
+        arguments = from_argv(sys.argv[1:] if argv is None else argv, program="osft_trainer")
+        words = _run(arguments, rank)
+    # Any failure of a rank becomes its last words; none is lost.
+    except (Exception, KeyboardInterrupt) as error:
+        words = last_words.of_error(error, rank)
+        if words.reason == "Crashed":
+            traceback.print_exc()
+        else:
+            print(f"rank {rank}: {words.reason}: {words.message}", file=sys.stderr)
+    last_words.leave(words, os.environ, _progress(arguments))
+    _exit(words.exit_code)
+
+
+def _run(arguments: TrainerArguments, rank: int) -> LastWords:
+    # Here, so that wrong arguments are refused before torch takes its seconds to load.
+    from osft_trainer import worker
+    from osft_trainer.parallel import start_world
+
+    world = start_world()
+    # Only now: until all ranks have met there is nothing to save, and a signal shall end a rank
+    # that waits for others at once. Inside that wait no handler would be called.
+    stop = _stop_on_signals()
+    return last_words.of_result(worker.run(arguments, world, stop=stop), rank)
+
+
+def _progress(arguments: TrainerArguments | None) -> Progress | None:
+    """The run's last progress, if the file is this run's."""
+    if arguments is None:
+        return None
+    found = read_document(RunFolder(Path(arguments.training.ckpt_output_dir)).progress, Progress)
+    asked = arguments.run.run_id
+    return found if found is not None and asked in (None, found.run_id) else None
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set an event at SIGTERM or SIGINT: the loop saves and ends after its step."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return stop
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher is killed: no rank goes on unseen."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: destructors of a broken process group may wait for ranks that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

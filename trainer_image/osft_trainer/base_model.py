@@ -1,0 +1,54 @@
+"""Where the base model lies: the folder itself, or the hub's copy in the local cache.
+
+Called by `worker` on every rank before anything reads the model. Must never: load weights, or fetch
+what the safetensors files already hold in another form.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+"""Configuration, weights, tokenizer, chat template, code. No other weights' formats."""
+
+
+def local_folder(model_path: str) -> Path:
+    """The folder with config.json and *.safetensors; fetched from the hub if it is a name there.
+
+    Raises:
+        ValueError: neither a folder with these files, nor a name that the hub gives us.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        folder = _from_hub(model_path)
+    for pattern in ("config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise ValueError(
+                f"model_path: {folder} holds no {pattern}; give the folder of a model in Hugging "
+                "Face format with safetensors weights"
+            )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model_path: there is no folder {name!r}; is its volume mounted?")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except (HFValidationError, RepositoryNotFoundError, GatedRepoError) as error:
+        raise ValueError(
+            f"model_path: {name!r} is neither a folder here nor a model that the hub gives us: "
+            f"{error}; private and gated models need HF_TOKEN"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"model_path: there is no folder {name!r} here, and the hub cannot be reached: {error}"
+        ) from error

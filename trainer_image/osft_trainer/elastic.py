@@ -1,0 +1,177 @@
+"""This node's ranks as child processes: starting them, signals, and who failed first.
+
+Wraps torch's elastic launcher for `launch`, in whose main thread it runs. Must never decide whether
+a run may start, or write into the run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from osft_trainer import last_words
+from osft_trainer.last_words import LastWords
+from osft_trainer.report import ExitCode
+from osft_trainer.topology import Topology
+
+STUCK_SECONDS = 2.0
+"""A launcher that has not noticed a signal after this waits for other nodes inside torch."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The launcher was asked to stop, and the ranks have ended."""
+
+    patience_is_over: bool
+    """Whether ranks were killed before they had saved."""
+
+
+def run_ranks(
+    topology: Topology,
+    command: Sequence[str],
+    reports: Path,
+    leave_stuck: Callable[[], NoReturn],
+) -> LastWords | Stopped:
+    """Start the ranks and wait for them. In the main thread only, for the sake of signals.
+
+    Args:
+        topology: how many, and where they meet.
+        command: what each rank runs.
+        reports: folder where the ranks leave their last words.
+        leave_stuck: ends this process; called when a signal to stop comes while torch waits for
+            other nodes, where nothing can be interrupted.
+
+    Returns:
+        The words of the first failed rank, of the first rank when all is well; or Stopped.
+    """
+    config = _launch_config(topology, reports)
+    with _raise_on_signals(leave_stuck) as asked:
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except SignalException:
+            return Stopped(asked.seconds() >= (config.shutdown_timeout or 0))
+        except ChildFailedError as error:
+            return _after_failure(reports, error)
+        # No rank ran or they cannot be judged: whatever torch raised is a reason to try again.
+        except Exception as error:
+            logger.exception("the ranks could not be run")
+            text = f"the ranks could not be run: {type(error).__name__}: {error}"
+            return last_words.of_code(ExitCode.TRY_AGAIN, "TryAgain", text)
+    done = [words for words in last_words.of_ranks(reports) if words.result is not None]
+    if not done:
+        return last_words.of_code(ExitCode.TRY_AGAIN, "Crashed", "the ranks ended without a word")
+    return min(done, key=lambda words: words.rank)
+
+
+def _launch_config(topology: Topology, reports: Path) -> LaunchConfig:
+    configs: dict[str, Any] = dict(topology.rdzv_conf)
+    if topology.backend == "static":
+        configs["rank"] = topology.node_rank
+    return LaunchConfig(
+        min_nodes=topology.min_nodes,
+        max_nodes=topology.max_nodes,
+        nproc_per_node=topology.nproc_per_node,
+        run_id=topology.rdzv_id,
+        role="osft",
+        rdzv_endpoint=topology.endpoint,
+        rdzv_backend=topology.backend,
+        rdzv_configs=configs,
+        max_restarts=topology.max_restarts,
+        logs_specs=DefaultLogsSpecs(log_dir=str(reports / "torch")),
+        # torch replaces the handlers of what is named here; the launcher keeps its own.
+        signals_to_handle="SIGUSR2",
+    )
+
+
+def _after_failure(reports: Path, error: ChildFailedError) -> LastWords:
+    """The first failed rank's words; what a rank that was killed cannot say, is said for it."""
+    left = last_words.of_ranks(reports)
+    first = last_words.first_failure(left)
+    spoken = {words.rank for words in left}
+    # A rank that the launcher itself ended, after another had failed, comes later than that.
+    latest = None if first is None else first.time_ns / 1e9 + STUCK_SECONDS
+    silent = [
+        (failure.timestamp, rank, failure)
+        for rank, failure in error.failures.items()
+        if rank not in spoken
+        and (latest is None or failure.timestamp <= latest)
+        and (latest is None or failure.exitcode != -signal.SIGTERM)
+    ]
+    if first is not None and (not silent or ExitCode(first.exit_code).is_final):
+        return first
+    _, rank, failure = min(silent, key=lambda item: item[:2])
+    if failure.exitcode == -signal.SIGKILL:
+        how = "was killed (SIGKILL); if nobody did it, the memory limit did: see OOMKilled"
+    elif failure.exitcode < 0:
+        how = f"was ended by {signal.Signals(-failure.exitcode).name}"
+    else:
+        how = f"ended with exit code {failure.exitcode} and no word"
+    return last_words.of_code(ExitCode.TRY_AGAIN, "Crashed", f"rank {rank} {how}")
+
+
+class _Asked:
+    """Whether and since when the launcher is asked to stop."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def seconds(self) -> float:
+        return 0.0 if self.at is None else time.monotonic() - self.at
+
+
+@contextlib.contextmanager
+def _raise_on_signals(leave_stuck: Callable[[], NoReturn]) -> Iterator[_Asked]:
+    """Raise in the main thread at the first signal to end; further ones change nothing.
+
+    While the main thread is inside torch (waiting for other nodes), Python calls no handler; the
+    signal's number still comes through a pipe, and a thread at its end leaves in its stead.
+    """
+    asked = _Asked()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if asked.at is None:
+            asked.at = time.monotonic()
+            # Ranks know SIGTERM and SIGINT; whatever came, they are told to save.
+            raise SignalException(f"got {signal.Signals(number).name}", signal.SIGTERM)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (said := os.read(reader, 1)) and said[0] not in numbers:
+            pass  # SIGCHLD and others come here, too.
+        if said:
+            time.sleep(STUCK_SECONDS)
+            if asked.at is None:
+                leave_stuck()
+
+    watcher = threading.Thread(target=watch, name="osft-signals", daemon=True)
+    watcher.start()
+    try:
+        yield asked
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        os.close(writer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked.at is None:
+            watcher.join()
+            os.close(reader)

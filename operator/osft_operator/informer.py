@@ -95,17 +95,16 @@ class Informer:
         loop = asyncio.get_running_loop()
         due = loop.time() + self._settings.resync_seconds
         while kinds == frozenset(filter(self.serves, WATCHED)):
-            pause = due - loop.time()
-            if len(kinds) < len(WATCHED):
-                pause = min(pause, self._settings.kind_check_seconds)
+            # Not left to the watches: kopf does without a kind that it did not find at its start.
+            pause = min(due - loop.time(), self._settings.kind_check_seconds)
             await asyncio.sleep(max(0.0, pause))
-            if loop.time() >= due or await self._kind_came():
+            if loop.time() >= due or await self._is_outdated():
                 await self._list()
                 due = loop.time() + self._settings.resync_seconds
 
-    async def _kind_came(self) -> bool:
+    async def _is_outdated(self) -> bool:
         try:
-            return await self._resync.serves_new()
+            return await self._resync.is_outdated()
         except ClusterError as error:
             logger.warning("The kinds could not be looked up: %s", error)
             return False

@@ -32,10 +32,11 @@ class Resync:
         """Kinds that the last pass found."""
         return self._synced
 
-    async def serves_new(self) -> bool:
-        """Whether a kind that was missing has come."""
-        missing = [kind for kind in WATCHED if kind not in self._synced]
-        return any([await self._cluster.serves(kind) for kind in missing])
+    async def is_outdated(self) -> bool:
+        """Whether a kind has come or gone since the last pass."""
+        custom = [kind for kind in WATCHED if kind.group]
+        served = [kind for kind in custom if await self._cluster.serves(kind)]
+        return set(served) != self._synced.intersection(custom)
 
     async def run(self) -> set[Key]:
         """List every kind once.

@@ -73,7 +73,7 @@ class Settings(BaseModel):
     resync_seconds: Seconds = 300
     """How often everything is listed anew and compared with what was seen."""
     kind_check_seconds: Seconds = 30
-    """How often a missing PyTorchJob kind is looked for."""
+    """How often it is looked whether a kind (PyTorchJob) has come or gone."""
 
     progress_poll_seconds: Seconds = 10
     """How often a running job is asked for its progress."""

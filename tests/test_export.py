@@ -1,0 +1,140 @@
+"""Exported folders load with plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from osft_trainer.export import base_digest, base_dtype, export_hf
+from osft_trainer.model import OSFTModel, convert, load_model
+from osft_trainer.parallel import World
+from osft_trainer.targets import plan_targets
+from tiny_models import FAMILIES, packed_batch, save_tiny_model
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def _trained(folder: Path, dtype: torch.dtype = torch.float32, **kw: str) -> OSFTModel:
+    """Load, convert and move every trainable a little within what is allowed."""
+    model = load_model(folder, dtype)
+    osft = convert(model, plan_targets(model, 0.3, **kw))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in osft.trainables().values():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    osft.finish_step()
+    return osft.eval()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_reloads_with_the_same_logits(family: str, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", family)
+    model = _trained(base, other_parameters="norms")
+    export_hf(model, base, tmp_path / "out", ALONE)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation=model.hf.config._attn_implementation
+    ).eval()
+    ids = packed_batch([12])["input_ids"]
+    logits = model.hf(input_ids=ids).logits
+    assert (again(input_ids=ids).logits - logits).abs().max() < 1e-5
+    untrained = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert (untrained(input_ids=ids).logits - logits).abs().max() > 1e-3
+    old, new = _weights(base), _weights(tmp_path / "out")
+    assert {n: (t.shape, t.dtype) for n, t in old.items()} == {
+        n: (t.shape, t.dtype) for n, t in new.items()
+    }
+
+
+def test_nothing_trained_gives_the_base_bit_for_bit(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "mixtral")
+    model = load_model(base, torch.float32)
+    export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+
+
+def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "llama", eos_token_id=[2, 3])
+    (base / "tokenizer.json").write_text("{}")
+    (base / "chat_template.jinja").write_text("x")
+    (base / "pytorch_model.bin").write_text("old weights")
+    model = _trained(base)
+    out = tmp_path / "deep" / "out"
+    export_hf(model, base, out, ALONE, extra={"parent_run": "abc"}, max_shard_bytes=20_000)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 3]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert set(index["weight_map"]) == set(_weights(base))
+    assert all((out / name).is_file() for name in index["weight_map"].values())
+    description = json.loads((out / "osft.json").read_text())
+    assert description["base_digest"] == base_digest(base)
+    assert description["parent_run"] == "abc"
+    assert description["leak"] < 1e-5
+    ranks = description["ranks"]["model.layers.0.mlp.down_proj"]
+    assert ranks == {"kept": 22, "free": 10}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_save_dtype_is_noted(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    export_hf(_trained(base), base, tmp_path / "out", ALONE, save_dtype=torch.bfloat16)
+    assert {t.dtype for t in _weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert base_dtype(tmp_path / "out") == torch.bfloat16
+
+
+def test_trained_masters_are_exported_under_their_own_names(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "gemma")
+    model = _trained(base, torch.bfloat16, other_parameters="all")
+    export_hf(model, base, tmp_path / "out", ALONE)
+    new = _weights(tmp_path / "out")
+    assert set(new) == set(_weights(base))
+    master = model.trainables()["model.norm.weight_trained.value"]
+    assert torch.equal(new["model.norm.weight"], master)
+
+
+def test_an_older_export_and_remains_of_a_broken_one_are_replaced(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale.txt").write_text("old")
+    (tmp_path / ".out.writing").mkdir()
+    (tmp_path / ".out.writing" / "part-00001.safetensors").write_text("half")
+    export_hf(_trained(base), base, out, ALONE)
+    assert not (out / "stale.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_failing_write_leaves_the_older_export_alone(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept.txt").write_text("old")
+    (tmp_path / ".out.writing").write_text("a file where the folder must go")
+    with pytest.raises(OSError, match=r"out\.writing"):
+        export_hf(_trained(base), base, out, ALONE)
+    assert (out / "kept.txt").read_text() == "old"
+
+
+def test_the_digest_follows_content(tmp_path: Path) -> None:
+    first = save_tiny_model(tmp_path / "a", seed=1)
+    same = save_tiny_model(tmp_path / "b", seed=1)
+    other = save_tiny_model(tmp_path / "c", seed=2)
+    assert base_digest(first) == base_digest(same) != base_digest(other)

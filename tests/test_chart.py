@@ -1,0 +1,436 @@
+"""The Helm chart, rendered: valid for every supported Kubernetes, restricted, and least privileged.
+
+Rendered and linted by Helm's own code (helm-python-sdk) and validated against the schemas of the
+built-in kinds (kubernetes-validate). What needs an API server is in test_chart_install.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from osft_operator.settings import Settings
+from osft_trainer import report
+
+CHART = Path(__file__).parents[1] / "charts" / "osft-operator"
+NAMESPACE = "osft-system"
+OLDEST = "1.30"
+
+MATRIX: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "namespaced": {"watch": {"namespaces": ["team-a", "team-b"]}},
+    "replicas": {"replicas": 2, "leaderElection": {"enabled": False}},
+    "no election": {"leaderElection": {"enabled": False}},
+    "network policy": {
+        "networkPolicy": {
+            "enabled": True,
+            "metricsFrom": [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}],
+        }
+    },
+    "OpenShift": {
+        "runAsUser": None,
+        "runAsGroup": None,
+        "trainer": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+    },
+    "nothing optional": {
+        "crds": {"enabled": False},
+        "rbac": {"create": False, "userRoles": {"create": False}},
+        "serviceAccount": {"create": False},
+        "metrics": {"service": {"enabled": False}},
+        "podDisruptionBudget": {"enabled": False},
+    },
+    "everything optional": {
+        "replicas": 3,
+        "global": {"imageRegistry": "mirror:5000", "imagePullSecrets": [{"name": "all"}]},
+        "fullnameOverride": "trainer-of-models",
+        "commonLabels": {"team": "ml"},
+        "image": {"digest": "sha256:" + "0" * 64},
+        "imagePullSecrets": [{"name": "one"}],
+        "crds": {"keep": False},
+        "serviceAccount": {"annotations": {"a": "b"}},
+        "metrics": {"service": {"annotations": {"a": "b"}}},
+        "podDisruptionBudget": {"maxUnavailable": "50%"},
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "proxy:3128"}],
+        "podAnnotations": {"a": "b"},
+        "podLabels": {"c": "d"},
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"key": "control", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+        "priorityClassName": "system-cluster-critical",
+    },
+}
+every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+
+
+def render(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of the chart with these values, as `helm template` makes them."""
+    return copy.deepcopy(_rendered(json.dumps(values)))
+
+
+@functools.cache
+def _rendered(values: str) -> list[dict[str, Any]]:
+    with helm_python.Chart.load(CHART) as loaded:
+        loaded.validate_schema(json.loads(values))
+        texts = loaded.render(json.loads(values), name="osft", namespace=NAMESPACE)
+    documents = [
+        _parsed(document)
+        for path, text in texts.items()
+        if path.endswith(".yaml")
+        for document in text.split("\n---\n")
+    ]
+    return [document for document in documents if document]
+
+
+@functools.cache
+def _parsed(text: str) -> Any:
+    # most renderings repeat each other's objects
+    return yaml.safe_load(text)
+
+
+@functools.cache
+def _validated(version: str, document: str) -> None:
+    kubernetes_validate.validate(json.loads(document), version, strict=True)
+
+
+def only(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The one object of a kind."""
+    found = [item for item in objects if item["kind"] == kind]
+    assert len(found) == 1, [item["metadata"]["name"] for item in found]
+    return found[0]
+
+
+def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """The operator's pod specification."""
+    spec: dict[str, Any] = only(objects, "Deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+def environment(values: dict[str, Any]) -> dict[str, str]:
+    """The operator's OSFT_* variables as the container sees them, field references filled in."""
+    fields = {"metadata.namespace": NAMESPACE, "metadata.name": "the-pod"}
+    (container,) = pod_of(render(values))["containers"]
+    return {
+        item["name"]: item["value"]
+        if "value" in item
+        else fields[item["valueFrom"]["fieldRef"]["fieldPath"]]
+        for item in container["env"]
+        if item["name"].startswith("OSFT_")
+    }
+
+
+def rules(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rules of every role in the chart."""
+    for item in objects:
+        if item["kind"] in ("Role", "ClusterRole"):
+            yield from item["rules"]
+
+
+def test_lint_is_clean() -> None:
+    findings = helm_python.lint(
+        CHART, {}, strict=True, namespace=NAMESPACE, kube_version=f"v{OLDEST}.0"
+    )
+    assert findings["errors"] == []
+    # An icon would be the only remark, and there is none to show.
+    assert [m["error"] for m in findings["messages"]] == ["icon is recommended"]
+
+
+@every_case
+@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+def test_rendered_objects_are_valid(values: dict[str, Any], version: str) -> None:
+    objects = render(values)
+    assert objects
+    for item in objects:
+        _validated(version, json.dumps(item))
+
+
+@every_case
+def test_names_fit_and_labels_say_whose_they_are(values: dict[str, Any]) -> None:
+    for item in render({**values, "fullnameOverride": "a" * 63}):
+        if item["kind"] == "CustomResourceDefinition":
+            continue
+        assert len(item["metadata"]["name"]) <= 63
+        assert item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+        for key, value in values.get("commonLabels", {}).items():
+            assert item["metadata"]["labels"][key] == value
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"replica": 2}, "replica"),
+        ({"leaderElection": {"enable": False}}, "enable"),
+        ({"trainer": {"image": {"registery": "x"}}}, "registery"),
+        ({"logging": {"level": "LOUD"}}, "/logging/level"),
+        ({"replicas": "2"}, "/replicas"),
+        ({"runAsUser": 0}, "/runAsUser"),
+        ({"image": {"digest": "sha256:123"}}, "/image/digest"),
+        ({"extraEnv": [{"name": "OSFT_WORKERS", "value": "9"}]}, "/extraEnv/0/name"),
+        ({"podLabels": {"app.kubernetes.io/name": "mine"}}, "app.kubernetes.io/name"),
+    ],
+)
+def test_schema_names_what_is_wrong(values: dict[str, Any], named: str) -> None:
+    with (
+        helm_python.Chart.load(CHART) as chart,
+        pytest.raises(helm_python.HelmValuesError, match=re.escape(named)),
+    ):
+        chart.validate_schema(values)
+
+
+def test_renewals_that_would_lose_the_lease_are_refused() -> None:
+    with pytest.raises(helm_python.HelmRenderError, match=r"leaderElection\.renewSeconds is 8"):
+        render({"leaderElection": {"renewSeconds": 8}})
+
+
+def test_every_value_has_a_comment_and_a_schema() -> None:
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r" *\w+:", line):
+            assert before.lstrip().startswith("# "), f"no comment above {line!r}"
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    missing = list(_differences(yaml.safe_load("\n".join(lines)), schema, schema["$defs"], ""))
+    assert missing == []
+
+
+def _differences(
+    values: dict[str, Any], schema: dict[str, Any], definitions: dict[str, Any], path: str
+) -> Iterator[str]:
+    """Values without schema, schemas without value, and objects that take unknown names."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    if "properties" not in schema or path == "/global":
+        return
+    if schema.get("additionalProperties") is not False:
+        yield f"{path} takes unknown names"
+    for name in values.keys() ^ schema["properties"].keys():
+        yield f"{path}/{name} is only in one of values.yaml and values.schema.json"
+    for name in values.keys() & schema["properties"].keys():
+        if isinstance(values[name], dict):
+            inner = schema["properties"][name]
+            yield from _differences(values[name], inner, definitions, f"{path}/{name}")
+
+
+def test_environment_is_the_operators_settings() -> None:
+    assert environment({}).keys() == {Settings.variable(name) for name in Settings.model_fields}
+
+
+def test_default_values_are_the_settings_own_defaults() -> None:
+    given = {"instance_name": "the-pod", "lease_name": "osft-osft-operator"}
+    assert Settings.from_environ(environment({})) == Settings.model_validate(given)
+
+
+def test_values_reach_the_settings() -> None:
+    values = {
+        "replicas": 2,
+        "watch": {"namespaces": ["team-a", "team-b"]},
+        "trainer": {
+            "image": {"registry": "here:5000", "repository": "t", "tag": "9"},
+            "runAsUser": None,
+            "fsGroup": 1000680000,
+        },
+        "leaderElection": {"enabled": False, "leaseName": "mine"},
+        "progress": {"timeoutSeconds": 0.5},
+    }
+    settings = Settings.from_environ(environment(values))
+    assert settings.namespaces == ("team-a", "team-b")
+    assert settings.trainer_image == "here:5000/t:9"
+    assert settings.run_as_user is None
+    assert settings.fs_group == 1000680000
+    assert settings.lease_name == "mine"
+    assert settings.progress_timeout_seconds == 0.5
+    assert settings.leader_election, "two replicas without a Lease would both work"
+
+
+@pytest.mark.parametrize(("replicas", "strategy"), [(1, "Recreate"), (2, "RollingUpdate")])
+def test_one_operator_at_a_time(replicas: int, strategy: str) -> None:
+    objects = render({"replicas": replicas, "leaderElection": {"enabled": False}})
+    assert only(objects, "Deployment")["spec"]["strategy"]["type"] == strategy
+    elected = environment({"replicas": replicas, "leaderElection": {"enabled": False}})
+    assert elected["OSFT_LEADER_ELECTION"] == ("true" if replicas > 1 else "false")
+    budgets = [item for item in objects if item["kind"] == "PodDisruptionBudget"]
+    assert len(budgets) == (1 if replicas > 1 else 0)
+
+
+@every_case
+def test_pod_is_restricted(values: dict[str, Any]) -> None:
+    pod = pod_of(render(values))
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["securityContext"].get("runAsUser", 65532) > 0
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert all("emptyDir" in volume for volume in pod["volumes"])
+    for container in pod["containers"] + pod.get("initContainers", []):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+        assert "memory" in container["resources"]["limits"]
+
+
+def test_services_of_the_namespace_stay_out_of_the_environment() -> None:
+    # A Service `osft-x` would else be OSFT_X_SERVICE_HOST, which the operator refuses.
+    assert pod_of(render({}))["enableServiceLinks"] is False
+
+
+def test_probes_and_metrics_are_where_the_operator_serves_them() -> None:
+    objects = render({"probes": {"port": 9001}, "metrics": {"port": 9002}})
+    (container,) = pod_of(objects)["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"probes": 9001, "metrics": 9002}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "probes"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "probes"}
+    assert only(objects, "Service")["spec"]["ports"][0]["targetPort"] == "metrics"
+
+
+OPERATOR_RULES = {
+    ("osft.dev", "osftjobs"): {"get", "list", "watch", "delete"},
+    ("osft.dev", "osftjobs/status"): {"patch"},
+    ("osft.dev", "osftjobs/finalizers"): {"update"},
+    ("kubeflow.org", "pytorchjobs"): {"get", "list", "watch", "create", "patch", "delete"},
+    ("", "pods"): {"get", "list", "watch"},
+    ("", "persistentvolumeclaims"): {"get", "list", "watch", "create"},
+    ("", "events"): {"list", "create", "patch"},
+}
+
+
+def _granted(role: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
+    granted: dict[tuple[str, str], set[str]] = {}
+    for rule in role["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                granted.setdefault((group, resource), set()).update(rule["verbs"])
+    return granted
+
+
+def test_operator_has_exactly_its_rights() -> None:
+    objects = render({})
+    roles = {item["metadata"]["name"]: item for item in objects if item["kind"] == "ClusterRole"}
+    assert _granted(roles["osft-osft-operator"]) == OPERATOR_RULES
+    lease = only(objects, "Role")
+    assert lease["metadata"]["namespace"] == NAMESPACE
+    assert lease["rules"] == [
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
+        {
+            "apiGroups": ["coordination.k8s.io"],
+            "resources": ["leases"],
+            "resourceNames": ["osft-osft-operator"],
+            "verbs": ["get", "update"],
+        },
+    ]
+
+
+def test_namespaced_operator_has_no_cluster_role() -> None:
+    values = {"watch": {"namespaces": ["team-a", "team-b"]}}
+    objects = render({**values, "rbac": {"userRoles": {"create": False}}})
+    assert not [item for item in objects if item["kind"] in ("ClusterRole", "ClusterRoleBinding")]
+    roles = {
+        item["metadata"]["namespace"]: item
+        for item in objects
+        if item["kind"] == "Role" and not item["metadata"]["name"].endswith("-lease")
+    }
+    assert roles.keys() == {"team-a", "team-b"}
+    assert all(_granted(role) == OPERATOR_RULES for role in roles.values())
+
+
+@every_case
+def test_every_binding_names_a_role_and_the_operators_account(values: dict[str, Any]) -> None:
+    objects = render(values)
+    account = pod_of(objects)["serviceAccountName"]
+    roles = {
+        (item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"])
+        for item in objects
+    }
+    for item in objects:
+        if item["kind"] in ("RoleBinding", "ClusterRoleBinding"):
+            role = item["roleRef"]
+            assert (role["kind"], item["metadata"].get("namespace"), role["name"]) in roles
+            assert item["subjects"] == [
+                {"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}
+            ]
+
+
+@every_case
+def test_no_role_is_wide_or_reads_secrets(values: dict[str, Any]) -> None:
+    for rule in rules(render(values)):
+        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
+        touched = {resource.partition("/")[0] for resource in rule["resources"]}
+        assert touched <= {
+            "osftjobs", "pytorchjobs", "pods", "persistentvolumeclaims", "events", "leases"
+        }  # fmt: skip
+        assert not {"pods/exec", "pods/attach", "pods/log"} & set(rule["resources"])
+
+
+def test_people_get_their_roles_by_aggregation() -> None:
+    roles = {
+        item["metadata"]["name"].removeprefix("osft-osft-operator-job-"): item
+        for item in render({})
+        if item["kind"] == "ClusterRole" and "-job-" in item["metadata"]["name"]
+    }
+    aggregated = {
+        name: {
+            label.rpartition("aggregate-to-")[2]
+            for label in role["metadata"]["labels"]
+            if "aggregate-to-" in label
+        }
+        for name, role in roles.items()
+    }
+    assert aggregated == {"viewer": {"view", "edit", "admin"}, "editor": {"edit", "admin"}}
+    assert "patch" not in _granted(roles["viewer"])["osft.dev", "osftjobs"]
+    assert _granted(roles["editor"])["osft.dev", "osftjobs/status"] == {"get"}
+
+
+def test_network_policy_opens_the_way_to_progress() -> None:
+    policy = only(render({"networkPolicy": {"enabled": True}}), "NetworkPolicy")
+    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert sorted(ports) == sorted([53, 53, 443, 6443, report.METRICS_PORT])
+
+
+@pytest.mark.parametrize(
+    ("image", "settings", "expected"),
+    [
+        ({}, {}, "osft-operator:0.1.0"),
+        ({"tag": "2"}, {}, "osft-operator:2"),
+        ({"registry": "here:5000"}, {}, "here:5000/osft-operator:0.1.0"),
+        ({"registry": "here:5000"}, {"imageRegistry": "m"}, "m/osft-operator:0.1.0"),
+        (
+            {"tag": "2", "digest": "sha256:" + "a" * 64},
+            {},
+            "osft-operator@sha256:" + "a" * 64,
+        ),
+    ],
+)
+def test_image_reference(image: dict[str, str], settings: dict[str, str], expected: str) -> None:
+    pod = pod_of(render({"image": image, "global": settings}))
+    assert pod["containers"][0]["image"] == expected
+
+
+def test_crd_is_kept_unless_told_otherwise() -> None:
+    crd = only(render({}), "CustomResourceDefinition")
+    assert crd["metadata"]["name"] == "osftjobs.osft.dev"
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    free = only(render({"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "helm.sh/resource-policy" not in free["metadata"].get("annotations", {})
+    without = render({"crds": {"enabled": False}})
+    assert "CustomResourceDefinition" not in {item["kind"] for item in without}
+
+
+def test_versions_agree() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["kubeVersion"] == f">={OLDEST}.0-0"
+    project = (CHART.parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{chart["appVersion"]}"\n' in project

@@ -1,0 +1,179 @@
+"""The Helm chart on a real API server: its life as a release, and what its roles allow."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chart_release import ACCOUNT, for_server, installed
+from cluster.api import ApiError
+from cluster.binaries import Binaries
+from cluster.control_plane import ControlPlane
+
+pytestmark = pytest.mark.cluster
+DEPLOYMENT = "/apis/apps/v1/namespaces/{0}/deployments/osft-{0}"
+CLUSTER_ROLE = "/apis/rbac.authorization.k8s.io/v1/clusterroles/osft-{0}"
+CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/osftjobs.osft.dev"
+
+
+@pytest.fixture
+def bare_plane(
+    control_plane_binaries: Binaries,
+    tmp_path: Path,
+    session_mark: str,
+    request: pytest.FixtureRequest,
+) -> Iterator[ControlPlane]:
+    """A server that takes the chart's own CRD; the session's where that cannot be."""
+    if control_plane_binaries.joined:
+        yield request.getfixturevalue("control_plane")
+        return
+    own = ControlPlane(control_plane_binaries, tmp_path / "plane", f"{session_mark}/chart")
+    try:
+        own.start()
+        yield own
+    finally:
+        own.stop()
+
+
+def exists(plane: ControlPlane, path: str) -> bool:
+    """Whether the server has that object."""
+    try:
+        plane.api.get(path)
+    except ApiError as error:
+        if error.code != 404:
+            raise
+        return False
+    return True
+
+
+def allowed(plane: ControlPlane, home: str, namespace: str, verb: str, what: str) -> bool:
+    """Whether the operator's account may do that in a namespace, as the server says."""
+    group, _, resource = what.rpartition(" ")
+    resource, _, part = resource.partition("/")
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {
+            "user": f"system:serviceaccount:{home}:{ACCOUNT}",
+            "resourceAttributes": {
+                "namespace": namespace,
+                "verb": verb,
+                "group": group,
+                "resource": resource,
+                "subresource": part,
+            },
+        },
+    }
+    answer = plane.api.post("/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    return bool(answer["status"]["allowed"])
+
+
+def test_install_upgrade_rollback_uninstall(bare_plane: ControlPlane, tmp_path: Path) -> None:
+    plane, home = bare_plane, f"chart-{uuid.uuid4().hex[:8]}"
+    plane.create_namespace(home)
+    deployment = DEPLOYMENT.format(home)
+    crds = {"crds": {"enabled": not plane.binaries.joined}}
+    with installed(plane, home, tmp_path / "first", crds) as helm:
+        before = plane.api.get(deployment)
+        assert before["spec"]["replicas"] == 1
+        assert exists(plane, CLUSTER_ROLE.format(home))
+        if not plane.binaries.joined:
+            assert exists(plane, CRD)
+
+        chart, needed = for_server(plane, tmp_path / "second")
+        values: dict[str, Any] = {
+            "fullnameOverride": f"osft-{home}",
+            "serviceAccount": {"name": ACCOUNT},
+            "replicas": 2,
+            "networkPolicy": {"enabled": True},
+            **crds,
+            **needed,
+        }
+        helm.upgrade(chart, home, values, namespace=home)
+        after = plane.api.get(deployment)
+        assert after["metadata"]["uid"] == before["metadata"]["uid"], "made anew"
+        assert after["spec"]["selector"] == before["spec"]["selector"]
+        assert after["spec"]["replicas"] == 2
+        assert after["spec"]["strategy"]["type"] == "RollingUpdate"
+        policy = f"/apis/networking.k8s.io/v1/namespaces/{home}/networkpolicies/osft-{home}"
+        assert exists(plane, policy)
+
+        helm.rollback(home, version=1)
+        back = plane.api.get(deployment)
+        assert back["spec"]["replicas"] == 1
+        assert back["spec"]["strategy"] == {"type": "Recreate"}
+        assert not exists(plane, policy)
+
+    assert not exists(plane, deployment)
+    assert not exists(plane, CLUSTER_ROLE.format(home))
+    if not plane.binaries.joined:
+        assert exists(plane, CRD), "uninstalling the operator deleted every OSFTJob"
+    plane.delete_namespace(home)
+
+
+def test_account_may_do_its_work_and_no_more(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path
+) -> None:
+    with installed(control_plane, namespace, tmp_path / "chart"):
+        for verb, what in [
+            ("watch", "osft.dev osftjobs"),
+            ("patch", "osft.dev osftjobs/status"),
+            ("create", "kubeflow.org pytorchjobs"),
+            ("create", " persistentvolumeclaims"),
+            ("list", " pods"),
+            ("patch", " events"),
+        ]:
+            assert allowed(control_plane, namespace, "default", verb, what), (verb, what)
+        for verb, what in [
+            ("get", " secrets"),
+            ("list", " secrets"),
+            ("create", " pods"),
+            ("delete", " pods"),
+            ("create", " pods/exec"),
+            ("get", " configmaps"),
+            ("delete", " persistentvolumeclaims"),
+            ("patch", "osft.dev osftjobs"),
+            ("update", "osft.dev osftjobs/status"),
+            ("deletecollection", "kubeflow.org pytorchjobs"),
+            ("list", "apiextensions.k8s.io customresourcedefinitions"),
+            ("create", "rbac.authorization.k8s.io rolebindings"),
+            ("create", "coordination.k8s.io leases"),
+        ]:
+            assert not allowed(control_plane, namespace, "default", verb, what), (verb, what)
+        assert allowed(control_plane, namespace, namespace, "create", "coordination.k8s.io leases")
+        assert not allowed(
+            control_plane, namespace, namespace, "list", "coordination.k8s.io leases"
+        )
+
+
+def test_namespaced_operator_stays_in_its_namespaces(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path
+) -> None:
+    team = f"{namespace}-team"
+    control_plane.create_namespace(team)
+    values = {"watch": {"namespaces": [team]}, "rbac": {"userRoles": {"create": False}}}
+    with installed(control_plane, namespace, tmp_path / "chart", values):
+        assert not exists(control_plane, CLUSTER_ROLE.format(namespace))
+        assert allowed(control_plane, namespace, team, "create", "kubeflow.org pytorchjobs")
+        assert not allowed(control_plane, namespace, "default", "list", "osft.dev osftjobs")
+        assert not allowed(control_plane, namespace, namespace, "list", "osft.dev osftjobs")
+    control_plane.delete_namespace(team)
+
+
+def test_token_of_the_account_lists_jobs_but_no_secrets(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path
+) -> None:
+    with installed(control_plane, namespace, tmp_path / "chart"):
+        kubeconfig = control_plane.service_account_kubeconfig(namespace, ACCOUNT)
+        as_operator = ("--kubeconfig", str(kubeconfig))
+        assert "No resources" in control_plane.kubectl(
+            *as_operator, "get", "osftjobs.osft.dev", "-n", namespace, check=False
+        )
+        refusal = control_plane.kubectl(
+            *as_operator, "get", "secrets", "-n", namespace, check=False
+        )
+        assert "forbidden" in refusal

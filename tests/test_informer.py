@@ -1,0 +1,153 @@
+"""Watches and lists against a real API server, with a kind that goes and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from cluster.binaries import Binaries
+from cluster.control_plane import ControlPlane
+from cluster.fixtures import own_crds, pytorchjob_crd
+from osft_operator.cache import WATCHED, Cache
+from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Cluster
+from osft_operator.handlers import kopf_settings
+from osft_operator.informer import Informer
+from osft_operator.names import JOB_LABEL
+from osft_operator.queue import Key
+from osft_operator.settings import Settings
+
+pytestmark = pytest.mark.cluster
+
+
+def claim(name: str, **labels: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    }
+
+
+class Scene:
+    """An informer at work, and what it told."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.cache = Cache()
+        self.news: list[Key] = []
+        self.lists = 0
+        settings = Settings(namespaces=(namespace,), kind_check_seconds=0.2, resync_seconds=600)
+        self.informer = Informer(
+            settings, cluster, self.cache, news=self.news.append, resynced=self._listed
+        )
+
+    def _listed(self) -> None:
+        self.lists += 1
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, f"never: {what}"
+            await asyncio.sleep(0.05)
+
+
+def play(
+    plane: ControlPlane,
+    namespace: str,
+    monkeypatch: pytest.MonkeyPatch,
+    story: Callable[[Scene], Coroutine[Any, Any, None]],
+) -> None:
+    async def whole(cluster: Cluster) -> None:
+        scene = Scene(cluster, namespace)
+        await scene.informer.sync()
+        running = asyncio.create_task(scene.informer.run())
+        telling = asyncio.create_task(story(scene))
+        try:
+            await asyncio.wait({running, telling}, return_when=asyncio.FIRST_COMPLETED)
+            assert not running.done(), running.exception()
+            telling.result()
+        finally:
+            running.cancel()
+            telling.cancel()
+            await asyncio.gather(running, telling, return_exceptions=True)
+
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
+    cluster = Cluster.connect()
+    try:
+        asyncio.run(whole(cluster))
+    finally:
+        cluster.close()
+
+
+def test_the_selectors_reach_the_server() -> None:
+    selectors = kopf_settings(WATCHED).watching.label_selectors
+    found = {(key.group or "", key.version, key.any_name): selectors[key] for key in selectors}
+    assert found == {
+        (kind.group, kind.version, kind.plural): JOB_LABEL for kind in (PYTORCHJOBS, PODS, CLAIMS)
+    }
+
+
+def test_what_happens_is_heard_and_what_is_not_ours_is_not(
+    control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.cluster.create(CLAIMS, namespace, claim("foreign"))
+        made = await scene.cluster.create(CLAIMS, namespace, claim("c", **{JOB_LABEL: "job"}))
+        await scene.until(lambda: scene.news, "news of a claim")
+        assert set(scene.news) == {Key(namespace, "job")}
+        assert [c["metadata"]["name"] for c in scene.cache.all(CLAIMS)] == ["c"]
+        await scene.cluster.patch(CLAIMS, namespace, "c", {"metadata": {"finalizers": None}})
+        await scene.cluster.delete(CLAIMS, namespace, "c", uid=made["metadata"]["uid"])
+        await scene.until(lambda: not list(scene.cache.all(CLAIMS)), "the end of the claim")
+        fields = (await scene.cluster.get(CLAIMS, namespace, "foreign"))["metadata"]
+        assert "annotations" not in fields, "kopf wrote something"
+
+    play(control_plane, namespace, monkeypatch, story)
+
+
+@pytest.fixture
+def own_plane(
+    control_plane_binaries: Binaries, session_mark: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ControlPlane]:
+    """A control plane without PyTorchJobs; the other tests' kinds are left alone."""
+    folder = tmp_path_factory.mktemp("plane")
+    plane = ControlPlane(control_plane_binaries, folder, f"{session_mark}/own")
+    try:
+        plane.start(own_crds())
+        plane.create_namespace("test")
+        yield plane
+    finally:
+        plane.stop()
+
+
+def test_a_kind_that_comes_and_goes_ends_nothing(
+    own_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = "test"
+
+    async def story(scene: Scene) -> None:
+        assert scene.informer.serves(OSFTJOBS)
+        assert not scene.informer.serves(PYTORCHJOBS)
+        await scene.cluster.create(CLAIMS, namespace, claim("c", **{JOB_LABEL: "job"}))
+        await scene.until(lambda: scene.news, "news while a kind is missing")
+        await asyncio.to_thread(own_plane.install_crd, pytorchjob_crd())
+        await scene.until(lambda: scene.informer.serves(PYTORCHJOBS), "the kind's coming")
+        body = {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": {"name": "p", "labels": {JOB_LABEL: "other"}},
+            "spec": {"pytorchReplicaSpecs": {}},
+        }
+        await scene.cluster.create(PYTORCHJOBS, namespace, body)
+        await scene.until(lambda: Key(namespace, "other") in scene.news, "news of the new kind")
+        own_plane.remove_crd("pytorchjobs.kubeflow.org", ["v1"])
+        await scene.until(lambda: not scene.informer.serves(PYTORCHJOBS), "the kind's end")
+        assert list(scene.cache.all(PYTORCHJOBS)) == []
+        await scene.cluster.create(CLAIMS, namespace, claim("d", **{JOB_LABEL: "last"}))
+        await scene.until(lambda: Key(namespace, "last") in scene.news, "news after the end")
+
+    play(own_plane, namespace, monkeypatch, story)

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import prepare
 from osft_trainer.packing import batches

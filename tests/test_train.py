@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from osft_trainer import loop as loop_module
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.config import TrainingParameters

@@ -11,6 +11,7 @@ import logging
 from dataclasses import asdict
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from osft_trainer import decomposition
 from osft_trainer.agreement import from_first_rank
@@ -70,6 +71,8 @@ def build_model(
     Raises:
         ValueError: the model cannot be trained like this, or nothing of it would be.
     """
+    # A bar per rank makes the log of a pod unreadable.
+    transformers_logging.disable_progress_bar()
     dtype = _compute_dtype(training.compute_dtype, world.device)
     hf = load_model(training.model_path, dtype, training.trust_remote_code)
     plan = plan_targets(

@@ -1,0 +1,72 @@
+"""How an OSFTJob ends, and what remains to be done once it has.
+
+Called by decide and steps. Once Complete or Failed is recorded nothing changes it again, whatever
+happens to the PyTorchJob.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from osft_operator.actions import DeleteOSFTJob, DeletePyTorchJob
+from osft_operator.draft import Draft
+from osft_operator.failure import cause
+from osft_operator.observed import Object, find_condition, is_deleting, is_true
+
+
+def is_finished(status: Object) -> bool:
+    """Whether the end is recorded."""
+    return any(
+        find_condition(status, kind).get("status") == "True" for kind in ("Complete", "Failed")
+    )
+
+
+def complete(draft: Draft) -> None:
+    """The training is done."""
+    final = draft.status.get("checkpoint", {}).get("final")
+    words = f"the trained model is in {final}" if final else "the training is done"
+    draft.condition("Complete", "True", "Done", words)
+    draft.condition("Running", "False", "Complete")
+    draft.status["completionTime"] = draft.now_text
+    draft.look_again(0)
+
+
+def fail(draft: Draft, reason: str, message: str) -> None:
+    """The job has failed for good; what still runs is stopped in the next pass."""
+    draft.condition("Failed", "True", reason, message)
+    draft.condition("Running", "False", "Failed")
+    draft.status["completionTime"] = draft.now_text
+    draft.look_again(0)
+
+
+def fail_by_pods(draft: Draft, pods: list[Object], why: str | None = None) -> None:
+    """The job has failed for good, and a pod knows the cause.
+
+    Args:
+        draft: the decision.
+        pods: those of the attempt.
+        why: a reason beyond the pod's own, for instance that no restart is left.
+    """
+    ended = cause(pods)
+    words = ended.words() if ended is not None else "no pod has said why"
+    if why is None:
+        fail(draft, ended.reason if ended is not None else "PyTorchJobFailed", words)
+    else:
+        fail(draft, why, f"{draft.status['restarts']} restarts did not help; {words}")
+
+
+def after_the_end(draft: Draft) -> None:
+    """Stop what still runs, and delete the OSFTJob when its time to live is over."""
+    spec: dict[str, Any] = dict(draft.observed.body.get("spec") or {})
+    for job in draft.observed.own_jobs():
+        is_over = is_true(job, "Succeeded") or is_true(job, "Failed")
+        if not is_over and not is_deleting(job):
+            draft.do(DeletePyTorchJob(job["metadata"]["name"], job["metadata"].get("uid", "")))
+    ended, ttl = draft.status.get("completionTime"), spec.get("ttlSecondsAfterFinished")
+    if ttl is None or ended is None:
+        return
+    left = float(ttl) - draft.seconds_since(ended)
+    if left > 0:
+        draft.look_again(left)
+    else:
+        draft.do(DeleteOSFTJob(draft.observed.uid))

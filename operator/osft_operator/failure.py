@@ -1,0 +1,224 @@
+"""Reads pods: who failed first and with which words, how often they restarted, what they wait for.
+
+Called by decide and status. Pure. Everything a container wrote is untrusted: it is bounded, freed
+of control characters, and never decides more than its exit code does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osft_operator.names import CONTAINER
+from osft_operator.observed import Object, is_deleting, time_of
+from osft_operator.status_model import FailureStatus
+from osft_trainer.report import ExitCode, Progress, Termination
+
+MAX_MESSAGE = 2048
+MAX_REASON = 64
+SAME_ROUND = datetime.timedelta(seconds=120)
+"""When one rank dies the others follow within this time, so these failures have one cause."""
+
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}\Z")
+_FINAL_CODES = [int(code) for code in ExitCode if code.is_final]
+_FOLLOWERS = (1, int(ExitCode.TRY_AGAIN), int(ExitCode.PREEMPTED))
+"""What the other ranks exit with when one has died."""
+
+CURES = {
+    "OOMKilled": "the container used more memory than its limit (/dev/shm counts); raise "
+    "spec.resources.limits.memory, or lower spec.training.maxTokensPerGpu",
+    "Evicted": "the node took the pod's place away",
+}
+"""Words for ends that leave no message."""
+
+PROBLEMS = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "ImageInspectError",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+"""Reasons of a waiting container that time alone rarely cures."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A container that ended with an error."""
+
+    pod: str
+    container: str
+    exit_code: int | None
+    reason: str
+    message: str
+    finished: datetime.datetime | None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a retry cannot help: bad input, or divergence."""
+        return self.container == CONTAINER and self.exit_code in _FINAL_CODES
+
+    def to_status(self) -> dict[str, Any]:
+        """As it stands in status.failure."""
+        return FailureStatus(
+            pod=self.pod,
+            container=self.container or None,
+            reason=self.reason,
+            exit_code=self.exit_code,
+            message=self.message,
+        ).model_dump(by_alias=True, exclude_none=True)
+
+    def words(self) -> str:
+        """For a condition's message."""
+        code = "" if self.exit_code is None else f" with exit code {self.exit_code}"
+        where = f"container {self.container} of pod {self.pod}" if self.container else self.pod
+        return f"{where} ended{code} ({self.reason}): {self.message}".rstrip(": ")
+
+
+def cause(pods: Sequence[Object]) -> Ended | None:
+    """The failure that explains the newest round of failures; None when nothing failed."""
+    # a pod that is being deleted was told to end
+    found = [ended for pod in pods if not is_deleting(pod) for ended in _ended(pod)]
+    if not found:
+        return None
+    earliest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    newest = max(ended.finished or earliest for ended in found)
+    recent = [ended for ended in found if newest - (ended.finished or earliest) <= SAME_ROUND]
+
+    def rank(ended: Ended) -> tuple[int, datetime.datetime, str]:
+        weight = 0 if ended.is_final else 2 if ended.exit_code in _FOLLOWERS else 1
+        return weight, ended.finished or earliest, ended.pod
+
+    finals = [ended for ended in found if ended.is_final]
+    return min(finals or recent, key=rank)
+
+
+def restart_count(pods: Sequence[Object]) -> int:
+    """How often the trainer's container of one pod was restarted, the highest of all pods."""
+    counts = [
+        int(status.get("restartCount") or 0)
+        for pod in pods
+        for status in _statuses(pod)
+        if status.get("name") == CONTAINER
+    ]
+    return max(counts, default=0)
+
+
+def is_restarting(pods: Sequence[Object]) -> bool:
+    """Whether a trainer's container has failed and waits for its next start."""
+    return any(
+        "running" not in state and ("terminated" in state or state_reason == "CrashLoopBackOff")
+        for pod in pods
+        if (pod.get("status") or {}).get("phase") == "Running"
+        for status in _statuses(pod)
+        if status.get("name") == CONTAINER
+        for state in [status.get("state") or {}]
+        for state_reason in [(state.get("waiting") or {}).get("reason")]
+        if (state.get("terminated") or {}).get("exitCode") != 0
+    )
+
+
+def running_count(pods: Sequence[Object]) -> int:
+    """Pods whose trainer runs, or has ended well."""
+    return sum(map(_runs, pods))
+
+
+def _runs(pod: Object) -> bool:
+    if (pod.get("status") or {}).get("phase") == "Succeeded":
+        return True
+    return any(
+        "running" in (status.get("state") or {})
+        or ((status.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
+        for status in _statuses(pod)
+        if status.get("name") == CONTAINER
+    )
+
+
+def waiting(pods: Sequence[Object]) -> tuple[str, str] | None:
+    """Why a pod does not start: reason and words; None when nothing is known to be wrong."""
+    for pod in pods:
+        name = pod["metadata"]["name"]
+        status = pod.get("status") or {}
+        for condition in status.get("conditions") or []:
+            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+                reason = word(condition.get("reason"), "Unschedulable")
+                return reason, f"pod {name}: {clean(condition.get('message'))}"
+        kinds = ("initContainerStatuses", "containerStatuses")
+        for container in [each for kind in kinds for each in status.get(kind) or []]:
+            held = (container.get("state") or {}).get("waiting") or {}
+            if held.get("reason") in PROBLEMS:
+                words = f"container {container.get('name')} of pod {name}: "
+                return str(held["reason"]), words + clean(held.get("message"))
+    return None
+
+
+def last_progress(pods: Sequence[Object]) -> Progress | None:
+    """The furthest progress in the last words of the trainers."""
+    found = []
+    for pod in pods:
+        for status in _statuses(pod):
+            for key in ("state", "lastState"):
+                terminated = (status.get(key) or {}).get("terminated") or {}
+                words = Termination.parse(str(terminated.get("message") or ""))
+                if words is not None and words.progress is not None:
+                    found.append(words.progress)
+    return max(found, key=lambda progress: (progress.attempt, progress.step), default=None)
+
+
+def clean(text: Any, limit: int = MAX_MESSAGE) -> str:
+    """Untrusted text: the end of it, without control characters other than line breaks."""
+    raw = str(text or "")[-limit:]
+    kept = "".join(each for each in raw if each in "\n\t" or unicodedata.category(each)[0] != "C")
+    return kept.strip()
+
+
+def word(text: Any, default: str) -> str:
+    """Untrusted text as a reason; the default when it is none."""
+    return text if isinstance(text, str) and _WORD.match(text) else default
+
+
+def _statuses(pod: Object) -> list[Any]:
+    return list((pod.get("status") or {}).get("containerStatuses") or [])
+
+
+def _ended(pod: Object) -> Iterator[Ended]:
+    """Each container's latest end with an error, and the pod's own."""
+    status = pod.get("status") or {}
+    found = False
+    for container in [*(status.get("initContainerStatuses") or []), *_statuses(pod)]:
+        for key in ("state", "lastState"):
+            terminated = (container.get(key) or {}).get("terminated")
+            if terminated and terminated.get("exitCode") != 0:
+                yield _of_container(pod, str(container.get("name")), terminated)
+                found = True
+                break
+    if status.get("phase") == "Failed" and not found:
+        reason = word(status.get("reason"), "PodFailed")
+        message = clean(status.get("message")) or CURES.get(reason, "")
+        yield Ended(pod["metadata"]["name"], "", None, reason, message, None)
+
+
+def _of_container(pod: Object, container: str, terminated: Object) -> Ended:
+    raw = str(terminated.get("message") or "")
+    words = Termination.parse(raw) if container == CONTAINER else None
+    kubelets = word(terminated.get("reason"), "Error")
+    if words is not None and kubelets != "OOMKilled":
+        reason, message = word(words.reason, kubelets), clean(words.message)
+    else:
+        reason, message = kubelets, clean(words.message if words else raw)
+    if reason in CURES:
+        message = f"{CURES[reason]}. {message}".strip()[:MAX_MESSAGE]
+    finished = terminated.get("finishedAt")
+    return Ended(
+        pod=str(pod["metadata"]["name"]),
+        container=container,
+        exit_code=terminated.get("exitCode"),
+        reason=reason,
+        message=message,
+        finished=time_of(finished) if finished else None,
+    )

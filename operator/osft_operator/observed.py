@@ -1,0 +1,128 @@
+"""What one pass over an OSFTJob has seen: plain objects, and the questions decide asks of them.
+
+Made by reconcile from its caches and by `osft run` from its processes. Reads only; must never call
+the cluster, a clock or the environment.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osft_operator import names
+from osft_operator.resolved import RenderSettings
+from osft_trainer.report import Progress
+
+Object = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One OSFTJob with everything that belongs to it, or is in its way."""
+
+    body: Object
+    """The OSFTJob."""
+    settings: RenderSettings
+    """For a job that has not begun; later its own status.resolved counts."""
+    pytorch_jobs: Sequence[Object] = ()
+    """Those with its label or with a name it would give, whoever owns them."""
+    pods: Sequence[Object] = ()
+    """Pods with its label."""
+    claim: Object | None = None
+    """The claim for checkpoints: its own or the user's."""
+    progress: Progress | None = None
+    """What rank 0 answered last; not trusted."""
+    pytorch_job_kind_present: bool = True
+    """Whether the API server knows PyTorchJobs."""
+    newest_event: str = ""
+    """Text of the newest event about a PyTorchJob that has no pods."""
+
+    @property
+    def name(self) -> str:
+        """Name of the OSFTJob."""
+        return str(self.body["metadata"]["name"])
+
+    @property
+    def uid(self) -> str:
+        """Identity of the OSFTJob, and of its run."""
+        return str(self.body["metadata"].get("uid", ""))
+
+    @property
+    def generation(self) -> int:
+        """Generation of its spec."""
+        return int(self.body["metadata"].get("generation", 1))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The status as it is recorded."""
+        return dict(self.body.get("status") or {})
+
+    def own_jobs(self) -> list[Object]:
+        """The PyTorchJobs it owns."""
+        return [job for job in self.pytorch_jobs if controller(job).get("uid") == self.uid]
+
+    def job_named(self, name: str) -> Object | None:
+        """A PyTorchJob of its own by name."""
+        return next((job for job in self.own_jobs() if job["metadata"]["name"] == name), None)
+
+    def stranger_named(self, name: str) -> Object | None:
+        """Somebody else's PyTorchJob that has the name."""
+        own = self.own_jobs()
+        return next(
+            (
+                job
+                for job in self.pytorch_jobs
+                if job["metadata"]["name"] == name and job not in own
+            ),
+            None,
+        )
+
+    def pods_of(self, job: Object) -> list[Object]:
+        """The pods of a PyTorchJob, by its uid and not by their labels, which anybody can set."""
+        uid = job["metadata"].get("uid", "")
+        return [pod for pod in self.pods if controller(pod).get("uid") == uid]
+
+
+def controller(body: Object) -> Object:
+    """The controlling ownerReference; empty when there is none."""
+    references = body["metadata"].get("ownerReferences") or []
+    return next((each for each in references if each.get("controller")), {})
+
+
+def is_true(body: Object, condition: str) -> bool:
+    """Whether an object's condition is True."""
+    return find_condition(body.get("status") or {}, condition).get("status") == "True"
+
+
+def find_condition(status: Object, condition: str) -> Object:
+    """A condition of a status; empty when it is not there."""
+    conditions = status.get("conditions") or []
+    return next((each for each in conditions if each.get("type") == condition), {})
+
+
+def attempt_of(job: Object) -> int:
+    """The attempt a PyTorchJob is, by its label; 0 when it has none."""
+    text = (job["metadata"].get("labels") or {}).get(names.ATTEMPT_LABEL, "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def is_deleting(body: Object) -> bool:
+    """Whether an object is on its way out."""
+    return bool(body["metadata"].get("deletionTimestamp"))
+
+
+def is_suspended(job: Object) -> bool:
+    """Whether a PyTorchJob is told to have no pods."""
+    return bool((job["spec"].get("runPolicy") or {}).get("suspend"))
+
+
+def time_of(text: str) -> datetime.datetime:
+    """An RFC 3339 time of the API."""
+    return datetime.datetime.fromisoformat(text)
+
+
+def text_of(time: datetime.datetime) -> str:
+    """A time as the API writes it: whole seconds, UTC."""
+    return time.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

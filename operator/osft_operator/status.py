@@ -1,0 +1,157 @@
+"""Builds the status: conditions that keep their times, the phase, progress for people.
+
+Called by decide. Pure: the time comes in. A condition keeps lastTransitionTime while its status
+stays; the phase follows from the conditions alone. It decides nothing about what happens next.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from osft_operator import failure
+from osft_operator.observed import Object, Observed, find_condition, text_of
+from osft_operator.status_model import CheckpointStatus, NamedValue, ProgressStatus
+from osft_trainer.report import Progress, duration, percentage, summary
+
+Status = dict[str, Any]
+
+CONDITIONS = ("Accepted", "Running", "Suspended", "Complete", "Failed")
+"""All of them, in the order they are shown; each is set from the first pass on."""
+MAX_CONDITION_MESSAGE = 4096
+
+
+def derive(observed: Observed, now: datetime.datetime) -> Status:
+    """The recorded status brought up to date with what is seen, before anything is decided."""
+    status = copy.deepcopy(observed.status)
+    status["observedGeneration"] = observed.generation
+    for condition in CONDITIONS:
+        if not find_condition(status, condition):
+            set_condition(status, observed.generation, now, condition, "False", "NotYet")
+    status.setdefault("restarts", 0)
+    name = status.get("pyTorchJobName")
+    current = observed.job_named(name) if name else None
+    if current is None:
+        return status
+    pods = observed.pods_of(current)
+    status["pyTorchJobUID"] = current["metadata"].get("uid", "")
+    before = status.get("restartsBeforeAttempt", 0)
+    status["restarts"] = max(status["restarts"], before + failure.restart_count(pods))
+    over = find_condition(status, "Failed")["status"] == "True"
+    if not over and (ended := failure.cause(pods)) is not None:
+        status["failure"] = ended.to_status()
+    for progress in (observed.progress, failure.last_progress(pods)):
+        if progress is not None and _is_news(progress, observed, status):
+            status["progress"] = _progress(progress)
+            status["checkpoint"] = _checkpoint(progress)
+    return status
+
+
+def set_condition(
+    status: Status,
+    generation: int,
+    now: datetime.datetime,
+    kind: str,
+    value: str,
+    reason: str,
+    message: str = "",
+) -> None:
+    """Say one thing; the time of the last change stays when the status does."""
+    assert kind in CONDITIONS, kind
+    old = find_condition(status, kind)
+    same = old.get("status") == value
+    new = {
+        "type": kind,
+        "status": value,
+        "reason": reason,
+        "message": message[:MAX_CONDITION_MESSAGE],
+        "observedGeneration": generation,
+        "lastTransitionTime": old["lastTransitionTime"] if same else text_of(now),
+    }
+    others = {each["type"]: each for each in status.get("conditions") or []}
+    others[kind] = new
+    status["conditions"] = [others[each] for each in CONDITIONS if each in others]
+
+
+def set_phase(status: Status) -> None:
+    """Phase and reason, from the conditions: Failed, Complete, Suspended, then Running's reason."""
+    status["phase"], status["reason"] = phase(status)
+
+
+def phase(status: Object) -> tuple[str, str]:
+    """Phase and the reason of the condition that made it."""
+    by_type = {kind: find_condition(status, kind) for kind in CONDITIONS}
+    for kind, word in (("Failed", "Failed"), ("Complete", "Succeeded")):
+        if by_type[kind].get("status") == "True":
+            return word, by_type[kind]["reason"]
+    suspended = by_type["Suspended"]
+    if suspended.get("status") == "True":
+        return ("Queued" if suspended["reason"] == "Queued" else "Suspended"), suspended["reason"]
+    running, accepted = by_type["Running"], by_type["Accepted"]
+    if running.get("status") == "True":
+        return "Running", running["reason"]
+    if accepted.get("status") == "False":
+        return "Pending", accepted.get("reason", "")
+    if running.get("reason") == "Restarting":
+        return "Restarting", "Restarting"
+    begun = "pyTorchJobUID" in status
+    return ("Starting" if begun else "Pending"), running.get("reason", "")
+
+
+def _is_news(progress: Progress, observed: Observed, status: Status) -> bool:
+    """Whether a document is about this run and not older than what is known."""
+    if progress.run_id != observed.uid or progress.global_rank != 0:
+        return False
+    if progress.attempt > status.get("attempt", 1):
+        return False
+    known = status.get("progress", {})
+    done = status.get("checkpoint", {}).get("final")
+    if done is not None and progress.final is None:
+        return False
+    # a restart goes back to the newest checkpoint, so fewer steps than before can be news
+    return (progress.last_updated_time or "") >= known.get("lastUpdatedTime", "")
+
+
+def _progress(progress: Progress) -> Status:
+    eta = progress.estimated_remaining_seconds
+    metrics: Sequence[NamedValue] = [
+        NamedValue(name=failure.clean(each.name, 64), value=failure.clean(each.value, 64))
+        for each in progress.metrics[:16]
+    ]
+    return ProgressStatus(
+        progress_percentage=percentage(progress),
+        summary=summary(progress),
+        eta=None if eta is None else duration(eta),
+        step=progress.step,
+        total_steps=progress.total_steps,
+        epoch=round(progress.epoch, 2),
+        total_epochs=_rounded(progress.total_epochs, 4),
+        loss=_rounded(progress.loss, 4),
+        learning_rate=_rounded(progress.learning_rate, 3),
+        tokens_per_second=_rounded(progress.tokens_per_second, 3),
+        estimated_remaining_seconds=eta,
+        last_updated_time=_text(progress.last_updated_time, 32),
+        metrics=list(metrics) or None,
+    ).model_dump(by_alias=True, exclude_none=True)
+
+
+def _checkpoint(progress: Progress) -> Status:
+    return CheckpointStatus(
+        latest=_text(progress.latest_checkpoint, 1024),
+        latest_step=progress.latest_checkpoint_step,
+        final=_text(progress.final, 1024),
+    ).model_dump(by_alias=True, exclude_none=True)
+
+
+def _text(text: str | None, limit: int) -> str | None:
+    return None if text is None else failure.clean(text, limit)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """A number to so many significant digits."""
+    if value is None or value == 0:
+        return value
+    return round(value, digits - 1 - math.floor(math.log10(abs(value))))

@@ -1,0 +1,158 @@
+"""A small world of plain objects in which decisions are carried out, for the tests of decide.
+
+No stand-in for the API: it only keeps what was made, as the caches of the operator would show it.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from typing import Any
+
+from job_samples import Object, job
+
+from osft_operator.decide import (
+    CreateClaim,
+    CreatePyTorchJob,
+    Decision,
+    DeleteOSFTJob,
+    DeletePyTorchJob,
+    SuspendPyTorchJob,
+    decide,
+)
+from osft_operator.observed import Observed, text_of
+from osft_operator.resolved import RenderSettings
+from osft_trainer.report import Progress, Termination
+
+SETTINGS = RenderSettings(trainer_image="trainer:1")
+START = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+
+
+class World:
+    """One OSFTJob and what was made for it."""
+
+    def __init__(self, changes: dict[str, Any] | None = None, **metadata: Any) -> None:
+        self.body = job(changes, uid="uid-1", namespace="ns", generation=1, **metadata)
+        self.now = START
+        self.jobs: dict[str, Object] = {}
+        self.pods: list[Object] = []
+        self.claim: Object | None = None
+        self.kind_present = True
+        self.progress: Progress | None = None
+        self.newest_event = ""
+        self.made = 0
+        self.events: list[str] = []
+        self.gone = False
+
+    @property
+    def status(self) -> Object:
+        return self.body.get("status", {})
+
+    def observed(self) -> Observed:
+        return Observed(
+            body=copy.deepcopy(self.body),
+            settings=SETTINGS,
+            pytorch_jobs=tuple(copy.deepcopy(list(self.jobs.values()))),
+            pods=tuple(copy.deepcopy(self.pods)),
+            claim=copy.deepcopy(self.claim),
+            progress=self.progress,
+            pytorch_job_kind_present=self.kind_present,
+            newest_event=self.newest_event,
+        )
+
+    def step(self, *, act: bool = True, record: bool = True) -> Decision:
+        """One pass; a crash is a pass that acts and does not record, or does neither."""
+        decision = decide(self.observed(), self.now)
+        if act:
+            for action in decision.actions:
+                self._do(action)
+        if record:
+            self.body["status"] = copy.deepcopy(decision.status)
+            self.events += [event.reason for event in decision.events]
+        return decision
+
+    def settle(self) -> Decision:
+        """Passes until one changes nothing."""
+        for _ in range(12):
+            before = (copy.deepcopy(self.status), self.made, sorted(self.jobs))
+            decision = self.step()
+            if before == (self.status, self.made, sorted(self.jobs)):
+                return decision
+        raise AssertionError(f"no end of changes: {self.status}")
+
+    def wait(self, seconds: float) -> None:
+        self.now += datetime.timedelta(seconds=seconds)
+
+    def edit(self, **spec: Any) -> None:
+        self.body["spec"].update(spec)
+        self.body["metadata"]["generation"] += 1
+
+    def condition(self, kind: str) -> Object:
+        return next(each for each in self.status["conditions"] if each["type"] == kind)
+
+    def run_pods(self, name: str = "sample", count: int = 1) -> None:
+        """All pods of a PyTorchJob run."""
+        self.pods = [self._pod(name, index) for index in range(count)]
+
+    def end(self, code: int, message: str = "", *, index: int = 0, **terminated: Any) -> None:
+        """The trainer's container of a pod ends, and is started again by the kubelet."""
+        status = self.pods[index]["status"]["containerStatuses"][0]
+        ended = {"exitCode": code, "reason": "Error", "message": message}
+        ended |= {"finishedAt": text_of(self.now), **terminated}
+        status["lastState"] = {"terminated": ended}
+        status["restartCount"] += 1
+
+    def tell(self, name: str, condition: str, message: str = "") -> None:
+        """The training-operator says something about a PyTorchJob."""
+        status = self.jobs[name].setdefault("status", {})
+        entry = {"type": condition, "status": "True", "message": message}
+        status.setdefault("conditions", []).append(entry)
+
+    def _pod(self, name: str, index: int) -> Object:
+        job_uid = self.jobs[name]["metadata"]["uid"]
+        role = {"training.kubeflow.org/job-role": "master"} if index == 0 else {}
+        return {
+            "metadata": {
+                "name": f"{name}-{'master-0' if index == 0 else f'worker-{index - 1}'}",
+                "labels": {"osft.dev/job": "sample", **role},
+                "ownerReferences": [{"controller": True, "uid": job_uid}],
+            },
+            "status": {
+                "phase": "Running",
+                "podIP": f"10.0.0.{index + 1}",
+                "containerStatuses": [
+                    {"name": "pytorch", "restartCount": 0, "state": {"running": {}}}
+                ],
+            },
+        }
+
+    def _do(self, action: Any) -> None:
+        match action:
+            case CreateClaim(manifest):
+                assert self.claim is None
+                self.claim = copy.deepcopy(manifest)
+            case CreatePyTorchJob(manifest):
+                name = manifest["metadata"]["name"]
+                if name in self.jobs:
+                    return  # AlreadyExists
+                self.made += 1
+                made = copy.deepcopy(manifest)
+                made["metadata"]["uid"] = f"job-{self.made}"
+                made["metadata"]["creationTimestamp"] = text_of(self.now)
+                self.jobs[name] = made
+            case SuspendPyTorchJob(name, uid, suspend):
+                assert self.jobs[name]["metadata"]["uid"] == uid
+                self.jobs[name]["spec"]["runPolicy"]["suspend"] = suspend
+                self.pods = []
+            case DeletePyTorchJob(name, uid):
+                assert self.jobs[name]["metadata"]["uid"] == uid
+                del self.jobs[name]
+                self.pods = []
+            case DeleteOSFTJob(uid):
+                assert uid == "uid-1"
+                self.gone = True
+
+
+def last_words(reason: str, code: int, message: str, progress: Progress | None = None) -> str:
+    """What a trainer writes to its termination log."""
+    return Termination(reason=reason, exit_code=code, message=message, progress=progress).to_json()

@@ -51,6 +51,10 @@ def widgets_crd(plural: str) -> dict:
     return {**WIDGETS, "metadata": metadata, "spec": spec}
 
 
+def test_every_definition_is_accepted(control_plane: ControlPlane) -> None:
+    assert control_plane.refused == {}
+
+
 def test_kubectl_applies_gets_and_patches_a_custom_resource(
     control_plane: ControlPlane, namespace: str
 ) -> None:

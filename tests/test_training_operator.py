@@ -48,10 +48,15 @@ def wait_for_condition(read: Callable[[], dict], kind: str, seconds: float = 60)
     return wait_for(f"condition {kind}", reached, timeout_seconds=seconds)
 
 
-def test_a_job_is_created_runs_and_succeeds(cluster, namespace, submit) -> None:
-    wait = "import os, time; print('hello from', os.environ['RANK']); time.sleep(1.5)"
+def test_a_job_is_created_runs_and_succeeds(cluster, namespace, submit, tmp_path) -> None:
+    gate = tmp_path / "gate"
+    wait = (
+        "import os, time; print('hello from', os.environ['RANK'], flush=True)\n"
+        f"while not os.path.exists({str(gate)!r}): time.sleep(0.05)"
+    )
     read = submit(pytorchjob("ok", ["python", "-c", wait], workers=1))
     running = wait_for_condition(read, "Running")
+    gate.touch()
     assert list(conditions(running))[:2] == ["Created", "Running"]
     services = cluster.plane.api.get(f"/api/v1/namespaces/{namespace}/services")["items"]
     assert {each["metadata"]["name"] for each in services} == {"ok-master-0", "ok-worker-0"}

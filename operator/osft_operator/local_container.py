@@ -103,10 +103,6 @@ class ContainerProcess:
         folder = self._at.work_dir / self.name
         for each in (folder, self._at.work_dir / "home", self._at.work_dir / "cwd"):
             each.mkdir(parents=True, exist_ok=True)
-        for _, place in local_command.mounts(self._container, self._at):
-            # a subPath that is not there becomes a folder, as the kubelet does it
-            if not place.exists():
-                place.mkdir(parents=True)
         local_command.termination_log(self._container, self._at).write_bytes(b"")
         with self._log(self.restart_count).open("wb") as log:
             try:
@@ -162,6 +158,10 @@ class ContainerProcess:
         }
 
     def _popen(self, log: int) -> subprocess.Popen[bytes]:
+        for _, place in local_command.mounts(self._container, self._at):
+            # a subPath that is not there becomes a folder, as the kubelet does it
+            if not place.exists():
+                place.mkdir(parents=True)
         command = local_command.command(self._pod, self._container, self._at)
         directory = self._container.get("workingDir")
         if directory:

@@ -64,6 +64,16 @@ class Api:
             raise ApiError(answer.status, str(parsed.get("message", text)), parsed)
         return parsed
 
+    def attempt(
+        self, method: str, path: str, body: Object | None = None, kind: str = "application/json"
+    ) -> None:
+        """A call about an object that may be gone, changed or there already: 404 and 409 pass."""
+        try:
+            self.call(method, path, body, kind)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
     def get(self, path: str) -> Object:
         return self.call("GET", path)
 

@@ -87,7 +87,10 @@ def control_plane_binaries() -> binaries.Binaries:
 def control_plane(
     control_plane_binaries: binaries.Binaries, cluster_folder: Path, session_mark: str
 ) -> Iterator[ControlPlane]:
-    """The API server with the PyTorchJob CRD and the repository's own; one per session."""
+    """The API server with the PyTorchJob CRD and the repository's own; one per session.
+
+    A CRD that the server refuses fails test_control_plane, and the tests that use it.
+    """
     plane = ControlPlane(control_plane_binaries, cluster_folder / "plane", session_mark)
     try:
         plane.start([pytorchjob_crd(), *own_crds()])

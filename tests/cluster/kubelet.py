@@ -1,14 +1,13 @@
 """A kubelet for one fake node: runs pods as processes of this machine (osft_operator.local_runner).
 
-It is also the scheduler (binds every pending pod to its node) and the storage provisioner (one
-folder for each claim). It runs init containers except `init-pytorch`, whose wait for the master's
-DNS name has no sense here: that one is reported as completed. Not here: resource limits, security
-contexts, probes, read-only mounts, service networking. A pod sees its own address in 127.0.0.0/8.
+It is also the scheduler (binds every pending pod to its node); kubelet_storage is the provisioner.
+It runs init containers except `init-pytorch`, whose wait for the master's DNS name has no sense
+here: that one is reported as completed. Not here: resource limits, security contexts, probes,
+read-only mounts, service networking. A pod sees its own address in 127.0.0.0/8.
 """
 
 from __future__ import annotations
 
-import base64
 import itertools
 import logging
 import shutil
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import urllib3
 
-from cluster.api import Api, ApiError, Informer
+from cluster.api import MERGE_PATCH, Api, ApiError, Informer
 from cluster.kubelet_logs import LogServer
+from cluster.kubelet_storage import NotReady, Storage
 from osft_operator.local_pods import JOB_NAME_LABEL, Object
 from osft_operator.local_runner import (
     BackOff,
@@ -32,10 +32,6 @@ from osft_operator.local_runner import (
 log = logging.getLogger(__name__)
 NODE = "this-machine"
 POLL_SECONDS = 0.1
-
-
-class NotReady(Exception):
-    """What a pod needs is not there yet; the kubelet tries again."""
 
 
 class Kubelet:
@@ -66,7 +62,7 @@ class Kubelet:
         self._changed = threading.Event()
         self._stopped = threading.Event()
         self._pods = Informer(api, "/api/v1/pods", self._changed)
-        self._claims = Informer(api, "/api/v1/persistentvolumeclaims", self._changed)
+        self._storage = Storage(api, folder, self._changed)
         self._thread = threading.Thread(target=self._run, daemon=True, name="kubelet")
         self._runners: dict[str, PodProcess] = {}
         self._complaints: dict[str, str] = {}
@@ -74,20 +70,19 @@ class Kubelet:
         self._addresses: dict[tuple[str, str], str] = {}
         self._ports: dict[tuple[str, str, int], int] = {}
         self._numbers = itertools.count()
-        self._claim_folders: dict[str, Path] = {}
         self._server = LogServer(folder, self.runner)
 
     def start(self) -> None:
         """Register the node and begin to run pods."""
         self._server.start()
         self._register()
-        for each in (self._pods, self._claims, self._thread):
+        for each in (self._pods, self._storage.claims, self._thread):
             each.start()
 
     def stop(self) -> None:
         """End everything that runs; the logs stay in the folder."""
         self._pods.stop()
-        self._claims.stop()
+        self._storage.claims.stop()
         self._stopped.set()
         self._changed.set()
         self._thread.join()
@@ -110,11 +105,11 @@ class Kubelet:
 
     def claim_folder(self, namespace: str, name: str) -> Path:
         """The folder behind a PersistentVolumeClaim."""
-        return self.folder / "claims" / namespace / name
+        return self._storage.claim_folder(namespace, name)
 
     def _run(self) -> None:
         self._pods.synced.wait()
-        self._claims.synced.wait()
+        self._storage.claims.synced.wait()
         while not self._stopped.is_set():
             busy = any(not each.finished for each in self._runners.values())
             self._changed.wait(POLL_SECONDS if busy else 1.0)
@@ -127,7 +122,7 @@ class Kubelet:
                 self._changed.set()
 
     def _look(self) -> None:
-        self._provision()
+        self._storage.provision()
         pods = {pod["metadata"]["uid"]: pod for pod in self._pods.items()}
         for uid in [each for each in self._runners if each not in pods]:
             self._forget(uid)
@@ -152,7 +147,7 @@ class Kubelet:
             if runner and not runner.finished:
                 runner.stop(metadata.get("deletionGracePeriodSeconds", 30))
             else:
-                self._tolerant("DELETE", _path(pod), {"gracePeriodSeconds": 0})
+                self._api.attempt("DELETE", _path(pod), {"gracePeriodSeconds": 0})
         elif node == NODE and not runner and pod["status"].get("phase") == "Pending":
             self._start(pod)
 
@@ -183,80 +178,23 @@ class Kubelet:
             mark=f"{self._mark}/{pod['metadata']['uid']}",
             pod_ip=self.address(namespace, name),
             volumes={
-                volume["name"]: self._volume(namespace, volume, self.folder / "v" / str(number))
+                volume["name"]: self._storage.volume(namespace, volume, self._scratch(number))
                 for volume in pod["spec"].get("volumes") or []
             },
             host=lambda host: self.address(namespace, host.split(".")[0]),
             port=port,
             environment=self.environment,
-            references=lambda kind, reference: self._data(namespace, kind, reference),
+            references=lambda kind, reference: self._storage.data(namespace, kind, reference),
         )
+
+    def _scratch(self, number: int | str) -> Path:
+        return self.folder / "v" / str(number)
 
     def address(self, namespace: str, name: str) -> str:
         """The address of a pod, and of the service of its name."""
         number = len(self._addresses)
         new = f"127.1.{number // 250}.{number % 250 + 1}"
         return self._addresses.setdefault((namespace, name), new)
-
-    def _volume(self, namespace: str, volume: Object, folder: Path) -> Path:
-        folder = folder / volume["name"]
-        if "persistentVolumeClaim" in volume:
-            claim = volume["persistentVolumeClaim"]["claimName"]
-            folder = self.claim_folder(namespace, claim)
-            if not folder.exists():
-                raise NotReady(f'persistentvolumeclaim "{claim}" not found or not bound')
-            return folder
-        if "hostPath" in volume:
-            return Path(volume["hostPath"]["path"])
-        folder.mkdir(parents=True, exist_ok=True)
-        for key, kind, field in (
-            ("secret", "Secret", "secretName"),
-            ("configMap", "ConfigMap", "name"),
-        ):
-            if key in volume:
-                source = volume[key]
-                data = self._data(namespace, kind, source[field])
-                if data is None and not source.get("optional"):
-                    raise NotReady(f'{kind.lower()} "{source[field]}" not found')
-                _write_files(folder, data or {}, source.get("items"))
-                return folder
-        if "emptyDir" not in volume:
-            raise NotReady(f"volume {volume['name']!r} is of no kind that this kubelet knows")
-        return folder
-
-    def _data(self, namespace: str, kind: str, name: str) -> Mapping[str, str] | None:
-        plural = {"Secret": "secrets", "ConfigMap": "configmaps"}[kind]
-        try:
-            found = self._api.get(f"/api/v1/namespaces/{namespace}/{plural}/{name}")
-        except ApiError as error:
-            if error.code != 404:
-                raise
-            return None
-        data: dict[str, str] = found.get("data") or {}
-        if kind == "Secret":
-            return {key: base64.b64decode(value).decode() for key, value in data.items()}
-        return data
-
-    def _provision(self) -> None:
-        """Give every new claim a folder; take the folders of deleted ones away."""
-        claims = {each["metadata"]["uid"]: each for each in self._claims.items()}
-        for uid, claim in claims.items():
-            if uid in self._claim_folders:
-                continue
-            metadata, spec = claim["metadata"], claim["spec"]
-            folder = self.claim_folder(metadata["namespace"], metadata["name"])
-            folder.mkdir(parents=True, exist_ok=True)
-            capacity = {"storage": spec["resources"]["requests"]["storage"]}
-            status = {
-                "phase": "Bound",
-                "accessModes": spec["accessModes"],
-                "capacity": capacity,
-            }
-            path = f"{_path(claim, 'persistentvolumeclaims')}/status"
-            self._tolerant("PATCH", path, {"status": status})
-            self._claim_folders[uid] = folder
-        for uid in [each for each in self._claim_folders if each not in claims]:
-            shutil.rmtree(self._claim_folders.pop(uid), ignore_errors=True)
 
     def _bind(self, pod: Object) -> None:
         body = {
@@ -265,10 +203,10 @@ class Kubelet:
             "metadata": {"name": pod["metadata"]["name"]},
             "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
         }
-        self._tolerant("POST", f"{_path(pod)}/binding", body)
+        self._api.attempt("POST", f"{_path(pod)}/binding", body)
 
     def _report(self, pod: Object, status: Object) -> None:
-        self._tolerant("PATCH", f"{_path(pod)}/status", {"status": status})
+        self._api.attempt("PATCH", f"{_path(pod)}/status", {"status": status}, MERGE_PATCH)
 
     def _forget(self, uid: str) -> None:
         """The pod was deleted by force, or its deletion is complete."""
@@ -278,16 +216,7 @@ class Kubelet:
         runner.poll()
         # scratch volumes go with the pod, its logs stay for whoever reads a failed test
         number = runner.at.work_dir.name.split("-")[0]
-        shutil.rmtree(self.folder / "v" / number, ignore_errors=True)
-
-    def _tolerant(self, method: str, path: str, body: Object) -> None:
-        """A call about an object that may be gone or changed: the next look sees it."""
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        try:
-            self._api.call(method, path, body, kind)
-        except ApiError as error:
-            if error.code not in (404, 409):
-                raise
+        shutil.rmtree(self._scratch(number), ignore_errors=True)
 
     def _event(self, pod: Object, reason: str, message: str) -> None:
         metadata = pod["metadata"]
@@ -301,7 +230,7 @@ class Kubelet:
             "type": "Warning",
             "source": {"component": "kubelet"},
         }
-        self._tolerant("POST", f"/api/v1/namespaces/{metadata['namespace']}/events", body)
+        self._api.attempt("POST", f"/api/v1/namespaces/{metadata['namespace']}/events", body)
 
     def _register(self) -> None:
         status = {
@@ -312,19 +241,12 @@ class Kubelet:
             "allocatable": {"cpu": "64", "memory": "256Gi", "pods": "500"},
         }
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
-        self._tolerant("POST", "/api/v1/nodes", node)
+        self._api.attempt("POST", "/api/v1/nodes", node)
         # on its creation the server marks a node as not ready
-        self._tolerant("PATCH", f"/api/v1/nodes/{NODE}", {"spec": {"taints": None}})
-        self._tolerant("PATCH", f"/api/v1/nodes/{NODE}/status", {"status": status})
+        self._api.attempt("PATCH", f"/api/v1/nodes/{NODE}", {"spec": {"taints": None}}, MERGE_PATCH)
+        self._api.attempt("PATCH", f"/api/v1/nodes/{NODE}/status", {"status": status}, MERGE_PATCH)
 
 
-def _path(thing: Object, plural: str = "pods") -> str:
-    metadata = thing["metadata"]
-    return f"/api/v1/namespaces/{metadata['namespace']}/{plural}/{metadata['name']}"
-
-
-def _write_files(folder: Path, data: Mapping[str, str], items: list[Object] | None) -> None:
-    names = {each["key"]: each["path"] for each in items} if items else {key: key for key in data}
-    for key, path in names.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(data[key])
+def _path(pod: Object) -> str:
+    metadata = pod["metadata"]
+    return f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}"

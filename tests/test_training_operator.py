@@ -129,6 +129,24 @@ def test_a_suspended_job_makes_no_pods(cluster, namespace, submit) -> None:
     assert pods_of(cluster, namespace) == {}
 
 
+def test_a_refused_pod_is_told_once(cluster, namespace, submit) -> None:
+    # a volume mount without its volume: the CRD lets templates pass, the API server no pod
+    job = pytorchjob("refused", ["true"])
+    spec = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    spec["containers"][0]["volumeMounts"] = [{"name": "none", "mountPath": "/x"}]
+    submit(job)
+    path = f"/api/v1/namespaces/{namespace}/events"
+
+    def told() -> list[str]:
+        events = cluster.plane.api.get(path)["items"]
+        return [each["message"] for each in events if each["reason"] == "FailedCreatePod"]
+
+    wait_for("event", told)
+    with pytest.raises(TimeoutError):
+        wait_for("second event", lambda: len(told()) > 1, timeout_seconds=2)
+    assert "volumeMounts[0].name" in told()[0]
+
+
 def test_clean_pod_policy_running_ends_the_worker_that_is_left(cluster, namespace, submit) -> None:
     script = "import os, time; time.sleep(600 if os.environ['RANK'] == '1' else 1)"
     policy = {"cleanPodPolicy": "Running"}

@@ -58,11 +58,10 @@ class Api:
             parsed: Any = json.loads(text)
         except ValueError:
             parsed = {"message": text}
-        if not isinstance(parsed, dict):
-            parsed = {"message": text}
+        told: Object = parsed if isinstance(parsed, dict) else {"message": text}
         if answer.status >= 400:
-            raise ApiError(answer.status, str(parsed.get("message", text)), parsed)
-        return parsed
+            raise ApiError(answer.status, str(told.get("message", text)), told)
+        return told
 
     def attempt(
         self, method: str, path: str, body: Object | None = None, kind: str = "application/json"

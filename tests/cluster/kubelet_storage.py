@@ -73,7 +73,7 @@ class Storage:
             return folder
         if "hostPath" in volume:
             return Path(volume["hostPath"]["path"])
-        folder = scratch / volume["name"]
+        folder = scratch / str(volume["name"])
         folder.mkdir(parents=True, exist_ok=True)
         if "secret" in volume:
             source = volume["secret"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+import zlib
 from datetime import datetime
 
 from cluster import training_status
@@ -190,12 +191,14 @@ class Pass:
 
     def _event(self, reason: str, message: str, kind: str = "Normal") -> None:
         metadata = self.job["metadata"]
+        # one event of a text: a refused pod is tried twice a second
+        name = f"{self.name}.{zlib.crc32((metadata['uid'] + message).encode()):08x}"
         involved = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob"}
         involved |= {key: metadata[key] for key in ("name", "namespace", "uid")}
         body = {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"generateName": f"{self.name}.", "namespace": self.namespace},
+            "metadata": {"name": name, "namespace": self.namespace},
             "involvedObject": involved,
             "reason": reason,
             "message": message,

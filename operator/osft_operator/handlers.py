@@ -10,6 +10,7 @@ touch the cache: `seen` is called on the main loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -64,6 +65,8 @@ class Watches:
 
     def _run(self) -> None:
         namespaces = self._settings.namespaces
+        # It warns that no signals reach it on a thread, which is what we want.
+        logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
         try:
             asyncio.run(
                 kopf.operator(

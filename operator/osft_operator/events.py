@@ -1,0 +1,131 @@
+"""Events on OSFTJobs, as `kubectl describe` shows them.
+
+Called by reconcile after a status was written. An event that says the same again is the same object
+with a higher count: its name is made of what it says, so that also a restarted operator finds it.
+An event that cannot be written is logged and dropped; no job waits for it. Must never decide what
+to say: reasons and messages come from the core.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+from collections import OrderedDict
+
+from osft_operator.actions import Event
+from osft_operator.cluster import (
+    EVENTS,
+    AlreadyExists,
+    Cluster,
+    ClusterError,
+    NotFound,
+    Object,
+)
+
+logger = logging.getLogger(__name__)
+
+COMPONENT = "osft-operator"
+"""Who says it."""
+REMEMBERED = 10000
+"""Events whose count is known without asking."""
+MAX_MESSAGE = 1024
+"""Longest message the API server takes in an Event."""
+
+
+class Recorder:
+    """Writes events and counts repeated ones."""
+
+    def __init__(self, cluster: Cluster, instance: str) -> None:
+        self._cluster = cluster
+        self._instance = instance
+        self._counts: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    async def record(self, job: Object, event: Event) -> None:
+        """Say something about an OSFTJob."""
+        namespace = job["metadata"]["namespace"]
+        body = self._body(job, event)
+        name = body["metadata"]["name"]
+        try:
+            count = await self._write(namespace, name, body)
+        except ClusterError as error:
+            logger.warning("The event %s of %s was lost: %s", event.reason, name, error)
+            return
+        self._counts[namespace, name] = count
+        self._counts.move_to_end((namespace, name))
+        if len(self._counts) > REMEMBERED:
+            self._counts.popitem(last=False)
+
+    async def _write(self, namespace: str, name: str, body: Object) -> int:
+        count = self._counts.get((namespace, name))
+        if count is None:
+            try:
+                await self._cluster.create(EVENTS, namespace, body)
+            except AlreadyExists:
+                count = await self._recorded(namespace, name)
+            else:
+                return 1
+        change = {"count": count + 1, "lastTimestamp": body["lastTimestamp"]}
+        try:
+            await self._cluster.patch(EVENTS, namespace, name, change)
+        except NotFound:
+            # Events live an hour; this one ended meanwhile.
+            await self._cluster.create(EVENTS, namespace, body)
+            return 1
+        return count + 1
+
+    async def _recorded(self, namespace: str, name: str) -> int:
+        found = await self._cluster.list_all(EVENTS, namespace, fields=f"metadata.name={name}")
+        return int(found.items[0].get("count") or 1) if found.items else 1
+
+    def _body(self, job: Object, event: Event) -> Object:
+        metadata = job["metadata"]
+        words = "\0".join([metadata["uid"], event.type, event.reason, event.message])
+        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {
+            "apiVersion": EVENTS.api_version,
+            "kind": EVENTS.kind,
+            "metadata": {
+                "name": f"{metadata['name']}.{digest}",
+                "namespace": metadata["namespace"],
+            },
+            "involvedObject": {
+                "apiVersion": job["apiVersion"],
+                "kind": job["kind"],
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "uid": metadata["uid"],
+                "resourceVersion": metadata["resourceVersion"],
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:MAX_MESSAGE],
+            "count": 1,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "source": {"component": COMPONENT},
+            "reportingComponent": COMPONENT,
+            "reportingInstance": self._instance,
+        }
+
+
+async def newest_about(cluster: Cluster, namespace: str, uid: str) -> str:
+    """The newest event's text about an object; empty when there is none or nobody answers."""
+    try:
+        found = await cluster.list_all(EVENTS, namespace, fields=f"involvedObject.uid={uid}")
+    except ClusterError as error:
+        logger.warning("The events about %s could not be read: %s", uid, error)
+        return ""
+    if not found.items:
+        return ""
+    newest = max(found.items, key=_time)
+    return f"{newest.get('reason', '')}: {newest.get('message', '')}"
+
+
+def _time(event: Object) -> str:
+    return str(
+        event.get("lastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"]["creationTimestamp"]
+    )

@@ -1,0 +1,270 @@
+"""One pass over one OSFTJob: observe, decide, act, write the status once, then say it in events.
+
+Called by service's workers with a key. What there is to see comes from the cache, what to do from
+`decide`, which is pure; this module only carries it out, so that a crash between any two steps
+leaves something the next pass understands. Errors go back to the worker, which tries again later;
+a refusal of the API server becomes a condition. Must never judge a job itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from osft_operator import metrics
+from osft_operator.actions import (
+    Action,
+    CreateClaim,
+    CreatePyTorchJob,
+    Decision,
+    DeleteOSFTJob,
+    DeletePyTorchJob,
+    Event,
+    SuspendPyTorchJob,
+)
+from osft_operator.cache import Cache
+from osft_operator.cluster import (
+    CLAIMS,
+    OSFTJOBS,
+    PODS,
+    PYTORCHJOBS,
+    AlreadyExists,
+    Cluster,
+    Kind,
+    NotFound,
+    Object,
+    Refused,
+)
+from osft_operator.decide import decide, refused
+from osft_operator.events import Recorder, newest_about
+from osft_operator.merge_patch import merge_patch
+from osft_operator.names import attempt_name, claim_name
+from osft_operator.observed import Observed
+from osft_operator.polling import Poller
+from osft_operator.queue import Key
+from osft_operator.resolved import RenderSettings
+from osft_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+REFUSED_SECONDS = 300.0
+"""Wait after the API server refused something: only a person can change that, or a quota."""
+KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)
+"""Actions whose result is put in the cache at once."""
+LOOK_AGAIN_SECONDS = 1.0
+"""Wait after a name was found taken."""
+PODS_MISSING_SECONDS = 60.0
+"""A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
+
+
+class Reconciler:
+    """Carries out decisions."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        cache: Cache,
+        poller: Poller,
+        recorder: Recorder,
+        *,
+        serves: Callable[[Kind], bool],
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._render = RenderSettings.of(settings)
+        self._write_seconds = settings.progress_write_seconds
+        self._cluster = cluster
+        self._cache = cache
+        self._poller = poller
+        self._recorder = recorder
+        self._serves = serves
+        self._now = now
+        self._clock = clock
+        self._written: dict[Key, float] = {}
+        self._milestones: set[Key] = set()
+
+    def progressed(self, key: Key, milestone: bool) -> float:
+        """A pod told something new.
+
+        Returns:
+            After how many seconds a pass is due.
+        """
+        if milestone:
+            self._milestones.add(key)
+            return 0.0
+        return self._until_write(key)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One pass.
+
+        Returns:
+            After how many seconds the next pass is due; None when only news makes one necessary.
+
+        Raises:
+            ClusterError: when the API server could not be reached or changed meanwhile.
+        """
+        job = self._cache.get(OSFTJOBS, *key)
+        if job is None or job["metadata"].get("deletionTimestamp"):
+            # What was made for it goes by its ownerReferences.
+            self._forget(key)
+            return None
+        now = self._now()
+        decision = decide(await self._observe(key, job, now), now)
+        try:
+            for action in decision.actions:
+                await self._do(key, action)
+        except AlreadyExists:
+            # Ours from an earlier life, or somebody else's: the next pass sees whose it is.
+            await self._look(key, action)
+            return LOOK_AGAIN_SECONDS
+        except Refused as error:
+            decision = _refusal(decision, job, str(error), now)
+        wait = await self._write(key, job, decision)
+        self._poller.watch(key, decision.poll)
+        # What our own writes put in the cache is no news to the watches any more.
+        again = 0.0 if any(isinstance(action, KEPT) for action in decision.actions) else None
+        waits = (decision.requeue_after, wait, again)
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    async def _observe(self, key: Key, job: Object, now: datetime.datetime) -> Observed:
+        pytorch_jobs = self._pytorch_jobs(key, job)
+        pods = self._cache.children(PODS, key)
+        newest = ""
+        if pytorch_jobs and not pods:
+            youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
+            if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
+                uid = youngest["metadata"]["uid"]
+                newest = await newest_about(self._cluster, key.namespace, uid)
+        return Observed(
+            body=job,
+            settings=self._render,
+            pytorch_jobs=tuple(pytorch_jobs),
+            pods=tuple(pods),
+            claim=await self._claim(key, job, wanted=not pytorch_jobs and not _is_over(job)),
+            progress=self._poller.progress(key),
+            pytorch_job_kind_present=self._serves(PYTORCHJOBS),
+            newest_event=newest,
+        )
+
+    def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
+        """All that bear our label, and others' that have a name we would give."""
+        found = self._cache.children(PYTORCHJOBS, key)
+        seen = {body["metadata"]["name"] for body in found}
+        attempt = (job.get("status") or {}).get("attempt") or 1
+        for name in (attempt_name(key.name, attempt), attempt_name(key.name, attempt + 1)):
+            other = self._cache.get(PYTORCHJOBS, key.namespace, name)
+            if other is not None and name not in seen:
+                found.append(other)
+        return found
+
+    async def _claim(self, key: Key, job: Object, *, wanted: bool) -> Object | None:
+        """The claim for checkpoints: the one made for this name, or the one the user has."""
+        checkpoints = (job["spec"].get("storage") or {}).get("checkpoints") or {}
+        name = checkpoints.get("claimName")
+        if not name:
+            return self._cache.get(CLAIMS, key.namespace, claim_name(key.name))
+        # Users' claims bear no label of ours, so no watch tells of them.
+        found = self._cache.get(CLAIMS, key.namespace, name)
+        if found is not None or not wanted:
+            return found
+        try:
+            return await self._cluster.get(CLAIMS, key.namespace, name)
+        except NotFound:
+            return None
+
+    async def _do(self, key: Key, action: Action) -> None:
+        namespace = key.namespace
+        match action:
+            case CreateClaim(manifest):
+                made = await self._cluster.create(CLAIMS, namespace, manifest)
+                self._cache.put(CLAIMS, made)
+            case CreatePyTorchJob(manifest):
+                made = await self._cluster.create(PYTORCHJOBS, namespace, manifest)
+                self._cache.put(PYTORCHJOBS, made)
+                metrics.jobs_created.inc()
+                name = made["metadata"]["name"]
+                logger.info("Created the PyTorchJob %s", name, extra={"osftjob": str(key)})
+            case SuspendPyTorchJob(name, uid, suspend):
+                # With the uid it cannot hit another object that took the name meanwhile.
+                change = {"metadata": {"uid": uid}, "spec": {"runPolicy": {"suspend": suspend}}}
+                made = await self._cluster.patch(PYTORCHJOBS, namespace, name, change)
+                self._cache.put(PYTORCHJOBS, made)
+            case DeletePyTorchJob(name, uid):
+                await self._cluster.delete(
+                    PYTORCHJOBS, namespace, name, uid=uid, propagation="Foreground"
+                )
+            case DeleteOSFTJob(uid):
+                await self._cluster.delete(OSFTJOBS, namespace, key.name, uid=uid)
+
+    async def _look(self, key: Key, action: Action) -> None:
+        assert isinstance(action, CreateClaim | CreatePyTorchJob)
+        kind = CLAIMS if isinstance(action, CreateClaim) else PYTORCHJOBS
+        name = action.manifest["metadata"]["name"]
+        try:
+            self._cache.put(kind, await self._cluster.get(kind, key.namespace, name))
+        except NotFound:
+            return
+
+    async def _write(self, key: Key, job: Object, decision: Decision) -> float | None:
+        """Write the status if it differs, then the events.
+
+        Returns:
+            After how many seconds progress that was held back is due.
+        """
+        recorded, status = job.get("status") or {}, decision.status
+        change = merge_patch(recorded, status)
+        if change and change.keys() <= {"progress"} and not decision.events:
+            wait = self._until_write(key)
+            if wait > 0 and key not in self._milestones:
+                return wait
+        if change:
+            version = job["metadata"]["resourceVersion"]
+            patch = {"metadata": {"resourceVersion": version}, "status": change}
+            written = await self._cluster.patch(OSFTJOBS, *key, patch, sub="status")
+            self._cache.put(OSFTJOBS, written)
+            metrics.status_writes.inc()
+            self._milestones.discard(key)
+            self._written[key] = self._clock()
+            _log_phase(key, recorded, status)
+        for event in decision.events:
+            await self._recorder.record(job, event)
+        return None
+
+    def _until_write(self, key: Key) -> float:
+        last = self._written.get(key, float("-inf"))
+        return max(0.0, last + self._write_seconds - self._clock())
+
+    def _forget(self, key: Key) -> None:
+        self._poller.watch(key, ())
+        self._written.pop(key, None)
+        self._milestones.discard(key)
+
+
+def _refusal(decision: Decision, job: Object, message: str, now: datetime.datetime) -> Decision:
+    """The decision after the API server refused one of its actions, told once."""
+    status = refused(decision.status, message, now, job["metadata"]["generation"])
+    is_news = bool(merge_patch(job.get("status") or {}, status))
+    events = (Event("Warning", "Refused", message),) if is_news else ()
+    return Decision(status, events=events, requeue_after=REFUSED_SECONDS)
+
+
+def _age_seconds(body: Object, now: datetime.datetime) -> float:
+    made = datetime.datetime.fromisoformat(body["metadata"]["creationTimestamp"])
+    return (now - made).total_seconds()
+
+
+def _is_over(job: Object) -> bool:
+    return (job.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
+def _log_phase(key: Key, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, after = old.get("phase"), new.get("phase")
+    if before == after:
+        return
+    logger.info("%s -> %s", before, after, extra={"osftjob": str(key)})
+    if after in ("Succeeded", "Failed"):
+        metrics.jobs_completed.labels(after.lower()).inc()

@@ -1,0 +1,213 @@
+"""The operator as a whole: starts its parts in order, runs the workers, ends in order.
+
+Called by __main__ and by tests. Order matters: probes first, then the Lease, then the first list,
+then the workers, so that nothing is decided by a replica that may not, or that does not know yet
+what is there. Any part that ends ends all: the kubelet starts the process anew. Must never look
+into a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from osft_operator import metrics, probes
+from osft_operator.cache import Cache
+from osft_operator.cluster import OSFTJOBS, Cluster, ClusterError, Conflict, Unavailable
+from osft_operator.events import Recorder
+from osft_operator.informer import Informer
+from osft_operator.leader import Leader, LeaseLost
+from osft_operator.polling import Poller
+from osft_operator.queue import Key, WorkQueue
+from osft_operator.reconcile import Reconciler
+from osft_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+FINISH_SECONDS = 10.0
+"""Passes under way get so long to end before the process does."""
+COUNT_SECONDS = 15.0
+"""How often the gauge of jobs by phase is set."""
+
+
+class Service:
+    """One replica."""
+
+    def __init__(self, settings: Settings, cluster: Cluster) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._cache = Cache()
+        self._health = probes.Health(settings)
+        self._leader = Leader(cluster, settings)
+        self._queue = WorkQueue(
+            backoff_initial_seconds=settings.backoff_initial_seconds,
+            backoff_max_seconds=settings.backoff_max_seconds,
+        )
+        self._informer = Informer(
+            settings, cluster, self._cache, news=self._queue.add, resynced=self._health.resynced
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._passes: set[asyncio.Task[None]] = set()
+        self._reconciler: Reconciler
+        self.ports: dict[str, int] = {}
+        """Where probes and metrics are served, once they are."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set.
+
+        Raises:
+            LeaseLost: when another replica may be the leader.
+            WatchEnded: when a watch died.
+        """
+        async with self._servers(), self._lease(stop), self._poller() as poller:
+            if stop.is_set():
+                return
+            self._reconciler = Reconciler(
+                self._settings,
+                self._cluster,
+                self._cache,
+                poller,
+                Recorder(self._cluster, self._settings.instance_name),
+                serves=self._informer.serves,
+            )
+            await self._until(stop, self._informer.sync())
+            self._health.ready = True
+            parts = [self._informer.run(), poller.run(), self._count()]
+            parts += [self._work() for _ in range(self._settings.workers)]
+            for part in parts:
+                self._start(part)
+            try:
+                await self._until(stop, asyncio.Event().wait())
+            finally:
+                await self._finish()
+
+    @contextlib.asynccontextmanager
+    async def _servers(self) -> AsyncIterator[None]:
+        address = self._settings.bind_address
+        closing: list[Callable[[], None]] = []
+        try:
+            port, close = probes.serve(self._health, address, self._settings.probe_port)
+            closing.append(close)
+            self.ports["probes"] = port
+            port, close = metrics.serve(address, self._settings.metrics_port)
+            closing.append(close)
+            self.ports["metrics"] = port
+            logger.info("Serving", extra={"ports": dict(self.ports)})
+            self._start(self._health.keep_beating(self._queue.oldest_seconds))
+            yield
+        finally:
+            await self._cancel(self._tasks)
+            for close in closing:
+                close()
+
+    @contextlib.asynccontextmanager
+    async def _lease(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """Hold the Lease; without an election, hold nothing."""
+        if not self._settings.leader_election:
+            yield
+            return
+        # A standby is ready: it is there for the case that the leader is not.
+        self._health.ready = True
+        await self._until(stop, self._leader.acquire())
+        self._cluster.before_write = self._leader.check
+        try:
+            if not stop.is_set():
+                self._start(self._leader.keep())
+            yield
+        finally:
+            await self._cancel(self._tasks)
+            await self._leader.release()
+
+    def _poller(self) -> Poller:
+        def news(key: Key, milestone: bool) -> None:
+            self._queue.add_after(key, self._reconciler.progressed(key, milestone))
+
+        return Poller(self._settings, news)
+
+    def _start(self, part: Coroutine[Any, Any, Any]) -> None:
+        self._tasks.add(asyncio.create_task(part))
+
+    async def _until(self, stop: asyncio.Event, part: Coroutine[Any, Any, Any]) -> None:
+        """Wait for `part` or `stop`; a started part that ends before is an error, and raised."""
+        waiting = asyncio.create_task(part)
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {waiting, stopping, *self._tasks}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+            assert done & {waiting, stopping}, "a part ended without an error"
+        finally:
+            await self._cancel({waiting, stopping})
+
+    async def _finish(self) -> None:
+        """Take no more keys, and let the passes under way end."""
+        await self._cancel(self._tasks)
+        if self._passes:
+            await asyncio.wait(self._passes, timeout=FINISH_SECONDS)
+        await self._cancel(self._passes)
+
+    async def _cancel(self, tasks: set[asyncio.Task[Any]]) -> None:
+        ending = set(tasks)
+        for task in ending:
+            task.cancel()
+        if ending:
+            await asyncio.wait(ending)
+        tasks -= ending
+
+    async def _work(self) -> None:
+        """Take keys, one after the other; the pass itself outlives a cancelled worker."""
+        while True:
+            key = await self._queue.get()
+            task = asyncio.create_task(self._pass(key))
+            self._passes.add(task)
+            task.add_done_callback(self._passes.discard)
+            await asyncio.shield(task)
+
+    async def _pass(self, key: Key) -> None:
+        started = time.monotonic()
+        result = "success"
+        try:
+            requeue = await self._reconciler.reconcile(key)
+        except LeaseLost:
+            raise
+        except Exception as error:
+            result = "error"
+            self._failed(key, error)
+        else:
+            self._queue.forget(key)
+            if requeue is not None:
+                result = "requeue_after"
+                self._queue.add_after(key, requeue)
+        finally:
+            self._queue.done(key)
+        metrics.reconciles.labels(metrics.CONTROLLER, result).inc()
+        metrics.reconcile_seconds.labels(metrics.CONTROLLER).observe(time.monotonic() - started)
+
+    def _failed(self, key: Key, error: Exception) -> None:
+        """Try again later. A bug that one job brings out must not stop the others."""
+        metrics.reconcile_errors.labels(metrics.CONTROLLER).inc()
+        at_least = error.retry_after or 0.0 if isinstance(error, Unavailable) else 0.0
+        wait = self._queue.retry(key, at_least=at_least)
+        about = {"osftjob": str(key), "wait_seconds": round(wait, 1)}
+        if isinstance(error, Conflict):
+            logger.debug("Changed meanwhile, again soon: %s", error, extra=about)
+        elif isinstance(error, ClusterError):
+            logger.warning("Trying again later: %s", error, extra=about)
+        else:
+            logger.error("A bug; trying again later", exc_info=error, extra=about)
+
+    async def _count(self) -> None:
+        while True:
+            phases = collections.Counter(
+                (job.get("status") or {}).get("phase") or "Pending"
+                for job in self._cache.all(OSFTJOBS)
+            )
+            metrics.count_phases(phases)
+            await asyncio.sleep(COUNT_SECONDS)

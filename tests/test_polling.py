@@ -1,0 +1,192 @@
+"""Asking pods for progress: what is taken, what is refused, and what is worth telling."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from osft_operator.actions import PollTarget
+from osft_operator.polling import Poller, is_milestone
+from osft_operator.queue import Key
+from osft_operator.settings import Settings
+from osft_trainer.report import MAX_DOCUMENT_BYTES, Progress
+
+KEY = Key("n", "job")
+GOOD = {"runId": "u1", "step": 3, "totalSteps": 100, "loss": 2.5, "phase": "Training"}
+
+Handler = Callable[[web.Request], Coroutine[Any, Any, web.StreamResponse]]
+
+
+class Pod:
+    """A server in a pod's place, and a poller that asks it."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.paths: list[str] = []
+        self.news: list[bool] = []
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.paths.append(request.path)
+        return await self.handler(request)
+
+    async def ask(self, story: Callable[[Poller, PollTarget], Coroutine[Any, Any, None]]) -> None:
+        runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        (_, port), *_ = runner.addresses
+        settings = Settings(progress_timeout_seconds=0.5)
+        try:
+            async with Poller(settings, lambda _, milestone: self.news.append(milestone)) as poller:
+                await story(poller, PollTarget(pod="p", ip="127.0.0.1", port=port))
+        finally:
+            await runner.cleanup()
+
+
+def play(
+    handler: Handler, story: Callable[[Pod, Poller, PollTarget], Coroutine[Any, Any, None]]
+) -> Pod:
+    pod = Pod(handler)
+    asyncio.run(pod.ask(lambda poller, target: story(pod, poller, target)))
+    return pod
+
+
+def answer(document: dict[str, Any]) -> Handler:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response(document)
+
+    return handler
+
+
+async def ask_once(_: Pod, poller: Poller, target: PollTarget) -> None:
+    poller.watch(KEY, [target])
+    await poller.ask_all()
+    assert poller.progress(KEY) is None
+
+
+def test_an_answer_is_kept_and_told_once() -> None:
+    async def story(pod: Pod, poller: Poller, target: PollTarget) -> None:
+        poller.watch(KEY, [target])
+        await poller.ask_all()
+        progress = poller.progress(KEY)
+        assert progress is not None
+        assert (progress.step, progress.loss) == (3, 2.5)
+        assert pod.news == [True]
+        await poller.ask_all()
+        assert pod.news == [True], "the same answer was told twice"
+        poller.watch(KEY, [target])
+        assert poller.progress(KEY) == progress, "watching the same pod again lost its answer"
+        poller.watch(KEY, [])
+        assert poller.progress(KEY) is None
+
+    assert set(play(answer(GOOD), story).paths) == {"/progress"}
+
+
+def test_only_rank_zero_counts() -> None:
+    pod = play(answer({**GOOD, "globalRank": 2}), ask_once)
+    assert pod.news == []
+
+
+def test_a_redirect_is_not_followed() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path == "/progress":
+            raise web.HTTPFound("/secret")
+        return web.json_response(GOOD)
+
+    assert play(handler, ask_once).paths == ["/progress"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        json.dumps([GOOD]),
+        json.dumps({**GOOD, "step": -1}),
+        json.dumps(GOOD).replace("2.5", "NaN"),
+        json.dumps({**GOOD, "padding": "x" * MAX_DOCUMENT_BYTES}),
+    ],
+    ids=["empty", "no json", "a list", "negative", "nan", "too long"],
+)
+def test_what_is_no_progress_is_refused(text: str) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.Response(text=text)
+
+    assert play(handler, ask_once).news == []
+
+
+def test_an_endless_answer_is_cut_off() -> None:
+    sent = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while sent < 1 << 30:
+                await response.write(b" " * 65536)
+                sent += 65536
+        except ConnectionError:
+            pass
+        return response
+
+    play(handler, ask_once)
+    assert sent < 1 << 26, "far more was read than a document can be long"
+
+
+def test_a_slow_pod_is_given_up() -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(60)
+        return web.json_response(GOOD)
+
+    play(handler, ask_once)
+
+
+def test_a_compressed_answer_is_not_unpacked() -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        response = web.json_response(GOOD)
+        response.enable_compression(web.ContentCoding.gzip)
+        return response
+
+    play(handler, ask_once)
+
+
+def test_a_pod_that_is_not_there_is_no_error() -> None:
+    async def story(_: Pod, poller: Poller, __: PollTarget) -> None:
+        poller.watch(KEY, [PollTarget(pod="gone", ip="127.0.0.1", port=9)])
+        await poller.ask_all()
+        assert poller.progress(KEY) is None
+
+    play(answer(GOOD), story)
+
+
+def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+
+    async def story(pod: Pod, poller: Poller, target: PollTarget) -> None:
+        poller.watch(KEY, [target])
+        await poller.ask_all()
+        assert pod.news == [True]
+
+    play(answer(GOOD), story)
+
+
+def test_what_passes_a_milestone_is_told_at_once() -> None:
+    last = Progress(run_id="u1", step=3, total_steps=100, phase="Training")
+
+    def after(**changes: Any) -> bool:
+        return is_milestone(last, last.model_copy(update=changes))
+
+    assert is_milestone(None, last)
+    assert not after(step=4, loss=1.0)
+    assert after(step=5)
+    assert after(phase="Saving")
+    assert after(latest_checkpoint="/checkpoints/step-00000003")
+    assert after(final="/checkpoints/final")
+    assert after(epoch=1.0)
+    assert after(attempt=2)

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from osft_trainer.agreement import any_rank, barrier, from_first_rank
+from osft_trainer.agreement import any_rank, from_first_rank
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
 from osft_trainer.shards import Trainables, open_shard, read_rows, sync, write_shard
@@ -72,14 +73,24 @@ class Checkpoints:
 
         Raises:
             Superseded: on every rank, when a newer attempt owns the folder.
+            OSError: on every rank, when one cannot write.
         """
         target = self.folder.checkpoint(position.step)
         work = target.with_name(f".{target.name}.attempt-{self.attempt}.partial")
         from_first_rank(self.world, partial(_make_empty, work))
-        write_shard(work, self.world.rank, state.trainables, state.optimizer)
-        barrier(self.world)
+        self._write_rows(work, state)
         from_first_rank(self.world, lambda: self._publish(work, target, state, position))
         return target
+
+    def _write_rows(self, work: Path, state: State) -> None:
+        """Every rank its own; none goes on before all are done, or when one has failed."""
+        failure: OSError | None = None
+        try:
+            write_shard(work, self.world.rank, state.trainables, state.optimizer)
+        except (OSError, SafetensorError) as error:
+            failure = OSError(f"checkpoint {work}: {error}")
+        if any_rank(failure is not None, self.world):
+            raise failure or OSError(f"checkpoint {work}: another rank could not write its rows")
 
     def load(self, state: State) -> Position | None:
         """Restore the newest intact state, in place; None when there is none.

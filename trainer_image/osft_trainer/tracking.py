@@ -11,7 +11,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from osft_trainer.config import TrainingParameters
 from osft_trainer.report import metric_lines, write_atomically
@@ -42,11 +43,20 @@ class Tracker:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self, exit_code: int = 0) -> None:
+    def __enter__(self) -> Self:
+        """The tracker itself; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Close the file, and tell Weights & Biases how it ended."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def start_wandb(training: TrainingParameters, run_id: str, folder: Path) -> Any:

@@ -7,6 +7,7 @@ never: read the environment, start processes, or map exceptions to exit codes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -81,8 +82,7 @@ def train(
     state = run.state(model, digest)
     checkpoints = run.checkpoints()
     start = run.resume(model, state, checkpoints)
-    tracker = run.tracker(start)
-    try:
+    with run.tracker(start) as tracker:
         loop = Loop(
             training=training,
             world=world,
@@ -99,9 +99,6 @@ def train(
         )
         end, stopped = loop.run(start)
         return run.finish(model, start, end, stopped)
-    finally:
-        if tracker is not None:
-            tracker.close()
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class _Run:
         )
         return position
 
-    def tracker(self, position: Position) -> Tracker | None:
+    def tracker(self, position: Position) -> contextlib.AbstractContextManager[Tracker | None]:
         """Metrics, on the first rank; every rank learns when they cannot be written."""
         made: list[Tracker] = []
 
@@ -179,7 +176,7 @@ class _Run:
             return ""
 
         from_first_rank(self.world, on_first_rank)
-        return made[0] if made else None
+        return made[0] if made else contextlib.nullcontext()
 
     def finish(
         self, model: OSFTModel, start: Position, end: Position, stopped: bool

@@ -31,7 +31,7 @@ check: $(VENV)/.dev      ## style, types, import rules
 
 generate: $(VENV)/.dev   ## CRD, the chart's copy of it, README tables
 	$(BIN)/python -m osft_operator.crd
-	$(BIN)/python examples/readme_tables.py
+	$(BIN)/python tests/readme_tables.py
 
 verify: generate         ## what is committed is what is generated
 	git diff --exit-code

@@ -116,6 +116,9 @@ def _render(arguments: argparse.Namespace) -> int:
     resolved = resolve(job, RenderSettings(trainer_image=arguments.image))
     claim = render.checkpoint_claim(job, resolved)
     manifests = [item for item in (claim, render.pytorch_job(job, resolved)) if item is not None]
+    for manifest in manifests:
+        # there is no OSFTJob on a server yet that could own them
+        manifest["metadata"].pop("ownerReferences", None)
     print(yaml.safe_dump_all(manifests, sort_keys=False), end="")
     return SUCCEEDED
 

@@ -10,7 +10,6 @@ import datetime
 from typing import Any
 
 from job_samples import Object, job
-
 from osft_operator.decide import (
     CreateClaim,
     CreatePyTorchJob,

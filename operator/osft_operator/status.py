@@ -39,10 +39,11 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
     pods = observed.pods_of(current)
     status["pyTorchJobUID"] = current["metadata"].get("uid", "")
     before = status.get("restartsBeforeAttempt", 0)
-    status["restarts"] = max(status["restarts"], before + failure.restart_count(pods))
-    over = find_condition(status, "Failed")["status"] == "True"
-    if not over and (ended := failure.cause(pods)) is not None:
-        status["failure"] = ended.to_status()
+    if find_condition(status, "Failed")["status"] != "True":
+        # later ends come from our own deletion
+        status["restarts"] = max(status["restarts"], before + failure.restart_count(pods))
+        if (ended := failure.cause(pods)) is not None:
+            status["failure"] = ended.to_status()
     for progress in (observed.progress, failure.last_progress(pods)):
         if progress is not None and _is_news(progress, observed, status):
             status["progress"] = _progress(progress)
@@ -112,7 +113,8 @@ def _is_news(progress: Progress, observed: Observed, status: Status) -> bool:
     if done is not None and progress.final is None:
         return False
     # a restart goes back to the newest checkpoint, so fewer steps than before can be news
-    return (progress.last_updated_time or "") >= known.get("lastUpdatedTime", "")
+    before: str = known.get("lastUpdatedTime", "")
+    return (progress.last_updated_time or "") >= before
 
 
 def _progress(progress: Progress) -> Status:

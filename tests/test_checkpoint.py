@@ -156,7 +156,7 @@ def test_a_foreign_state_is_refused(tmp_path: Path, other: State, words: str) ->
     states_of(tmp_path).save(new_state(), Position(step=1))
     with pytest.raises(ValueError, match=words) as error:
         states_of(tmp_path).load(other)
-    assert "on_existing_run restart" in str(error.value)
+    assert "another ckpt_output_dir or run_id" in str(error.value)
 
 
 def test_no_pickle_is_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from osft_trainer import loop as loop_module
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.config import TrainingParameters
+from osft_trainer.config import RunParameters, TrainingParameters
+from osft_trainer.data import open_prepared, prepare
+from osft_trainer.identity import Fingerprint, claim
 from osft_trainer.loop import backward
 from osft_trainer.model import convert, load_model
 from osft_trainer.optimizer import build_optimizer
-from osft_trainer.outcome import Diverged, Preempted
+from osft_trainer.outcome import Diverged, Preempted, Superseded
 from osft_trainer.packing import batches, collate
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
@@ -87,8 +90,6 @@ def test_the_final_folder_loads_in_transformers_and_gives_the_last_loss(
 
 def samples_of_step(told: TrainingParameters, step: int) -> list[tuple[Any, Any]]:
     """Samples of one global batch, unpacked again."""
-    from osft_trainer.data import open_prepared
-
     (folder,) = (Path(told.ckpt_output_dir) / "cache" / "data").iterdir()
     found = batches(
         open_prepared(folder), effective_batch_size=8, max_tokens_per_gpu=96, rank=0,
@@ -119,11 +120,18 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut(
         assert cut["gradNorm"] == pytest.approx(whole["gradNorm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_losses_of_one(base: Path, tmp_path: Path, ranks: int) -> None:
-    alone = parameters(base, tmp_path / "alone", other_parameters="norms")
+@pytest.mark.parametrize(("ranks", "parameterization"), [(2, "exact"), (3, "factored")])
+def test_ranks_give_the_losses_of_one(
+    base: Path, tmp_path: Path, ranks: int, parameterization: str
+) -> None:
+    changes = {
+        "other_parameters": "norms",
+        "parameterization": parameterization,
+        "max_tokens_per_gpu": 128,
+    }
+    alone = parameters(base, tmp_path / "alone", **changes)
     tiny.run(alone)
-    together = parameters(base, tmp_path / "together", other_parameters="norms")
+    together = parameters(base, tmp_path / "together", **changes)
     tiny.complete(together, ranks=ranks)
     for one, several in zip(tiny.rows(alone), tiny.rows(together), strict=True):
         assert several["loss"] == pytest.approx(one["loss"], abs=1e-4)
@@ -145,6 +153,36 @@ def test_bad_input_ends_every_rank_with_its_code(base: Path, tmp_path: Path) -> 
     (tmp_path / "bad.jsonl").write_text("no json\n")
     told = tiny.training(base, tmp_path / "bad.jsonl", tmp_path / "out")
     assert tiny.finish(tiny.start(told, ranks=2)) == [2, 2]
+
+
+def test_a_full_disk_of_one_rank_ends_all_and_leaves_no_state(base: Path, tmp_path: Path) -> None:
+    told = parameters(base, tmp_path, checkpoint_every_steps=1)
+    assert tiny.finish(tiny.start(told, ranks=2, full_disk_of=1)) == [75, 75]
+    assert RunFolder(tmp_path).complete_checkpoints() == []
+
+
+def test_a_newer_attempt_takes_the_folder_away(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = parameters(base, tmp_path, checkpoint_every_steps=2, keep_checkpoints=9)
+    folder = RunFolder(tmp_path)
+    real = loop_module.backward
+    steps = 0
+
+    def overtaken(*args: Any) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            newer = RunParameters(run_id=tiny.RUN_ID, attempt=2)
+            claim(folder, newer, Fingerprint({"data": "", "model": ""}))
+        return real(*args)
+
+    monkeypatch.setattr(loop_module, "backward", overtaken)
+    with pytest.raises(Superseded, match="attempt 2"):
+        tiny.run(told)
+    assert steps == 4
+    assert folder.complete_checkpoints() == [folder.checkpoint(2)]
+    assert not folder.final.exists()
 
 
 @pytest.mark.parametrize(
@@ -297,8 +335,6 @@ def test_an_idle_rank_adds_nothing(base: Path) -> None:
     hf = load_model(base, torch.float32)
     model = convert(hf, plan_targets(hf, 0.5))
     data = base.parent
-    from osft_trainer.data import prepare
-
     prepared = prepare(
         data / "data.jsonl", tiny.tokenizer(), max_seq_len=64, on_overlong="error", cache_root=data
     )
@@ -310,9 +346,7 @@ def test_an_idle_rank_adds_nothing(base: Path) -> None:
     loss = backward(model, batch, ALONE)
     gradients = {name: p.grad.clone() for name, p in model.trainables().items()}
     model.zero_grad()
-    import dataclasses
-
-    idle = dataclasses.replace(batch, micro_batches=(*batch.micro_batches, collate([])))
+    idle = replace(batch, micro_batches=(*batch.micro_batches, collate([])))
     assert backward(model, idle, ALONE) == loss
     for name, p in model.trainables().items():
         assert torch.equal(p.grad, gradients[name])

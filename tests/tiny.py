@@ -5,6 +5,7 @@ Processes come from a fork server that has imported torch once, so that a run ta
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -172,9 +173,19 @@ def rows(parameters: TrainingParameters) -> list[dict[str, float]]:
 
 
 def start(
-    parameters: TrainingParameters, ranks: int = 1, die_at_sync: int | None = None
+    parameters: TrainingParameters,
+    ranks: int = 1,
+    die_at_sync: int | None = None,
+    full_disk_of: int | None = None,
 ) -> list[Any]:
-    """Start the ranks of a run as processes; `die_at_sync` kills each at its n-th forced write."""
+    """Start the ranks of a run as processes.
+
+    Args:
+        parameters: of the run.
+        ranks: number of processes.
+        die_at_sync: kills each of them when it forces its n-th file of states to disk.
+        full_disk_of: rank that cannot write its rows of a state.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,7 +193,9 @@ def start(
     started = []
     for rank in range(ranks):
         process = _CONTEXT.Process(
-            target=_rank_main, args=(parameters, rank, ranks, port, die_at_sync), daemon=True
+            target=_rank_main,
+            args=(parameters, rank, ranks, port, die_at_sync, rank == full_disk_of),
+            daemon=True,
         )
         process.start()
         started.append(process)
@@ -204,12 +217,23 @@ def complete(parameters: TrainingParameters, ranks: int = 1) -> None:
     assert finish(start(parameters, ranks)) == [0] * ranks
 
 
-CODES: dict[type[Exception], int] = {ValueError: 2, Diverged: 3, Superseded: 4, Preempted: 143}
+CODES: dict[type[Exception], int] = {
+    ValueError: 2,
+    Diverged: 3,
+    Superseded: 4,
+    OSError: 75,
+    Preempted: 143,
+}
 """Exit codes of the processes of `start`."""
 
 
 def _rank_main(
-    parameters: TrainingParameters, rank: int, ranks: int, port: int, die_at_sync: int | None
+    parameters: TrainingParameters,
+    rank: int,
+    ranks: int,
+    port: int,
+    die_at_sync: int | None,
+    full_disk: bool,
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -223,12 +247,18 @@ def _rank_main(
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if die_at_sync is not None:
         _die_at_sync(die_at_sync)
+    if full_disk:
+        pytest.MonkeyPatch().setattr(shards, "save_file", _no_space)
     try:
         run(parameters, stop)
     except tuple(CODES) as error:
         code = next(code for kind, code in CODES.items() if isinstance(error, kind))
         print(f"rank {rank}: {type(error).__name__}: {error}")
         raise SystemExit(code) from error
+
+
+def _no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _die_at_sync(number: int) -> None:

@@ -114,9 +114,10 @@ class Checkpoints:
         assert saved is not None, "is_intact has read it"
         if saved["decomposition"] != state.decomposition:
             raise ValueError(
-                f"checkpoint {path} belongs to another decomposition or base model "
-                f"({saved['decomposition']}, here {state.decomposition}): start anew with "
-                "on_existing_run restart"
+                f"checkpoint {path} belongs to another decomposition "
+                f"({saved['decomposition']}, here {state.decomposition}): the base model, "
+                "unfreeze_rank_ratio, parameterization or target_patterns have changed; set them "
+                "back, or give the run another ckpt_output_dir or run_id"
             )
         found = [open_shard(path, rank) for rank in range(saved["worldSize"])]
         read_rows([shard for shard in found if shard], state.trainables, state.optimizer)

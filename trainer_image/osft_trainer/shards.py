@@ -110,7 +110,8 @@ def read_rows(
         names = sorted(n for n in {*saved, *wanted} if saved.get(n) != wanted.get(n))
         raise ValueError(
             f"checkpoint {shards[0].path.parent}: {', '.join(names[:5])} do not fit this model and "
-            "these arguments: start anew with on_existing_run restart"
+            "these arguments; set other_parameters back, or give the run another ckpt_output_dir "
+            "or run_id"
         )
     for name, parameter in trainables.items():
         _fill(shards, f"value/{name}", name, parameter)

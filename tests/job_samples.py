@@ -286,6 +286,20 @@ RULES = [
         f"{S}.cache",
     ),
     Sample(
+        "env-reserved",
+        {"spec.env": [{"name": "RANKS", "value": "1"}]},
+        {"spec.env": [{"name": "RANK", "value": "1"}]},
+        "spec.env",
+        words="set by torchrun and the operators: remove it",
+    ),
+    Sample(
+        "env-reserved-prefix",
+        {"spec.env": [{"name": "MY_PET_NNODES", "value": "1"}]},
+        {"spec.env": [{"name": "PET_NNODES", "value": "1"}]},
+        "spec.env",
+        words="remove it",
+    ),
+    Sample(
         "env-value",
         {"spec.env": [{"name": "A", "value": "1"}]},
         {

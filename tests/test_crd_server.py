@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from job_samples import GONE, RULES, SCHEMA, Object, Sample, job
+import yaml
 
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
+from job_samples import RULES, SCHEMA, Object, Sample, job
+from osft_operator.crd_rules import RULES as CEL
+from osft_trainer.report import Progress
+from world import World
 
 pytestmark = pytest.mark.cluster
 
@@ -34,3 +38,110 @@ def test_each_rule_accepts_and_refuses(
     assert refusal.value.code in (400, 422)
     assert sample.field in refusal.value.message
     assert sample.words in refusal.value.message
+
+
+def test_each_rule_has_a_refused_sample(control_plane: ControlPlane, jobs_path: str) -> None:
+    said = ""
+    for sample in RULES:
+        with pytest.raises(ApiError) as refusal:
+            control_plane.api.post(jobs_path + DRY, job(sample.bad))
+        said += json.dumps(refusal.value.body["details"]["causes"])
+    fixed = [rule.message for rule in CEL if "oldSelf" in rule.rule]
+    missing = [rule.message for rule in CEL if json.dumps(rule.message)[1:-1] not in said]
+    assert sorted(missing) == sorted(fixed), "those are tested below"
+
+
+FIXED: list[tuple[str, Any]] = [
+    ("spec.training.learningRate", 1e-5),
+    ("spec.training.lrSchedulerKwargs", {"num_cycles": 2}),
+    ("spec.training.targetPatterns", ["mlp"]),
+    ("spec.nnodes", 2),
+    ("spec.nprocPerNode", 4),
+    ("spec.rendezvous.timeoutSeconds", 60),
+    ("spec.image", "other:1"),
+    ("spec.storage.checkpoints.size", "20Gi"),
+    ("spec.onExistingRun", "restart"),
+]
+FREE: list[tuple[str, Any]] = [
+    ("spec.suspend", True),
+    ("spec.maxRestarts", 7),
+    ("spec.resources", {"limits": {"memory": "2Gi"}}),
+    ("spec.ttlSecondsAfterFinished", 60),
+    ("spec.podTemplate", {"spec": {"nodeSelector": {"a": "b"}}}),
+]
+
+
+def test_what_defines_the_training_is_fixed_from_the_start(
+    control_plane: ControlPlane, jobs_path: str
+) -> None:
+    api = control_plane.api
+    api.post(jobs_path, job(name="fixed"))
+    path = f"{jobs_path}/fixed"
+    api.patch(path, _patch("spec.training.learningRate", 2e-5))
+    api.patch(f"{path}/status", {"status": {"startTime": "2026-01-01T00:00:00Z"}})
+    for field, value in FIXED:
+        with pytest.raises(ApiError) as refusal:
+            api.patch(path, _patch(field, value))
+        assert "fixed once the run has started" in refusal.value.message, field
+    for field, value in FREE:
+        api.patch(path, _patch(field, value))
+    api.patch(f"{path}/status", {"status": {"phase": "Running", "reason": "PodsRunning"}})
+
+
+def test_kubectl_reads_small_numbers_and_shows_columns(
+    control_plane: ControlPlane, jobs_path: str
+) -> None:
+    text = yaml.safe_dump(job(name="columns")).replace("5.0e-06", "5e-6")
+    assert "learningRate: 5e-6" in text
+    control_plane.kubectl("apply", "-n", "crd-rules", "-f", "-", input=text)
+    made = control_plane.api.get(f"{jobs_path}/columns")
+    assert made["spec"]["training"]["learningRate"] == 5e-6
+    assert made["spec"]["rendezvous"]["port"] == 23456, "defaults are visible"
+    status = {
+        "phase": "Running",
+        "progress": {
+            "summary": "42% 840/2000",
+            "loss": 1.235,
+            "eta": "3h25m",
+            "step": 840,
+            "progressPercentage": 42,
+        },
+        "restarts": 1,
+    }
+    control_plane.api.patch(f"{jobs_path}/columns/status", {"status": status})
+    shown = control_plane.kubectl("get", "osft", "columns", "-n", "crd-rules")
+    assert "NAME      PHASE     PROGRESS       LOSS    ETA     NODES   RESTARTS" in shown
+    assert "Running   42% 840/2000   1.235   3h25m   1       1" in shown
+    selected = control_plane.kubectl(
+        "get",
+        "osftjobs",
+        "-n",
+        "crd-rules",
+        "--field-selector",
+        "status.phase=Running",
+        "-o",
+        "name",
+    )
+    assert "osftjob.osft.dev/columns" in selected
+
+
+def test_a_status_as_the_operator_writes_it_is_accepted(
+    control_plane: ControlPlane, jobs_path: str
+) -> None:
+    world = World()
+    world.settle()
+    world.run_pods()
+    world.end(75, "boom")
+    world.progress = Progress(run_id="uid-1", step=3, total_steps=9, loss=0.5)
+    world.settle()
+    control_plane.api.post(jobs_path, job(name="status"))
+    strict = f"{jobs_path}/status/status?fieldValidation=Strict"
+    made = control_plane.api.patch(strict, {"status": world.status})
+    assert made["status"] == world.status
+
+
+def _patch(path: str, value: Any) -> Object:
+    result = value
+    for part in reversed(path.split(".")):
+        result = {part: result}
+    return dict(result)

@@ -57,12 +57,6 @@ def _environment(job: OSFTJob) -> Iterator[Denial]:
     seen: set[str] = set()
     for index, variable in enumerate(job.spec.env):
         where = f"spec.env[{index}].name"
-        if names.is_reserved_variable(variable.name):
-            yield Denial(
-                "ReservedVariable",
-                where,
-                f"{variable.name} is set by torchrun and the operators: remove it",
-            )
         if variable.name in seen:
             yield Denial("RepeatedVariable", where, f"{variable.name} is given twice: keep one")
         if own.get(variable.name):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from osft_operator import names
 from osft_operator.spec_part import JobPart, KeyName, ObjectName, Quantity, ResourceQuantity
 
 VariableName = Annotated[
@@ -81,6 +82,11 @@ class Variable(JobPart):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if names.is_reserved_variable(self.name):
+            raise ValueError(
+                f"variable {self.name}: this variable is set by torchrun and the operators: "
+                "remove it"
+            )
         if self.value is not None and self.value_from is not None:
             raise ValueError(f"variable {self.name}: value and valueFrom exclude each other")
         return self

@@ -54,7 +54,7 @@ class Condition(Part):
     """One word why; part of the API."""
     message: Message = ""
     """The same for people."""
-    observed_generation: int = 0
+    observed_generation: int
     """Generation of the OSFTJob it was said about."""
     last_transition_time: Time
     """When status last changed."""

@@ -1,0 +1,81 @@
+"""The CRD as text: complete, bounded, small, and equal in its two places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job_samples import Object
+from osft_operator import crd
+
+ROOT = Path(__file__).parent.parent
+
+
+def _fields(schema: Object, path: str = "") -> Iterator[tuple[str, Object]]:
+    yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from _fields(child, f"{path}.{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            yield from _fields(schema[key], f"{path}[]")
+
+
+FIELDS = [each for each in _fields(crd.schema()) if each[0].startswith((".spec", ".status"))]
+
+
+def test_every_field_is_described() -> None:
+    missing = [
+        path for path, field in FIELDS if not field.get("description") and not path.endswith("[]")
+    ]
+    assert missing == []
+
+
+def test_every_text_list_and_map_is_bounded() -> None:
+    unbounded = []
+    for path, field in FIELDS:
+        kind = field.get("type")
+        free = "additionalProperties" in field or "x-kubernetes-preserve-unknown-fields" in field
+        wanted = {
+            "string": not {"maxLength", "enum"} & field.keys(),
+            "array": "maxItems" not in field,
+            "object": free and "maxProperties" not in field,
+        }
+        if wanted.get(kind or "", False):
+            unbounded.append(path)
+    assert unbounded == []
+
+
+def test_nothing_that_a_structural_schema_may_not_have() -> None:
+    forbidden = {"$ref", "$defs", "anyOf", "oneOf", "const", "title", "discriminator"}
+    assert [path for path, field in FIELDS if forbidden & field.keys()] == []
+    assert all(field.get("type") != "null" for _, field in FIELDS)
+
+
+def test_defaults_are_visible_and_status_has_none() -> None:
+    fields = dict(FIELDS)
+    assert fields[".spec.training.lrScheduler"]["default"] == "cosine"
+    assert fields[".spec.rendezvous"]["default"]["port"] == 23456
+    assert "ckptOutputDir" not in fields[".spec.training"]["required"]
+    assert [path for path, field in FIELDS if ".status" in path and "default" in field] == []
+
+
+def test_plain_kubectl_can_apply_it() -> None:
+    assert len(crd.crd_yaml().encode()) < 128 * 1024, "kubectl keeps a copy in an annotation"
+
+
+@pytest.mark.parametrize(
+    ("path", "text"), [(crd.CRD_FILE, crd.crd_yaml()), (crd.CHART_FILE, crd.chart_template())]
+)
+def test_the_files_are_up_to_date(path: Path, text: str) -> None:
+    assert (ROOT / path).read_text() == text, "run `make generate`"
+
+
+def test_the_chart_has_the_same_definition() -> None:
+    lines = crd.chart_template().replace('{{ "{{" }}', "{{").splitlines()
+    plain = "\n".join(line for line in lines if not line.startswith("{{-"))
+    definition = yaml.safe_load(plain)
+    assert definition["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert definition == crd.crd()

@@ -62,6 +62,7 @@ def run_ranks(
     config = _launch_config(topology, reports)
     with _raise_on_signals(leave_stuck) as asked:
         try:
+            asked.arm()
             elastic_launch(config, command[0])(*command[1:])
         except SignalException:
             return Stopped(asked.seconds() >= (config.shutdown_timeout or 0))
@@ -72,6 +73,8 @@ def run_ranks(
             logger.exception("the ranks could not be run")
             text = f"the ranks could not be run: {type(error).__name__}: {error}"
             return last_words.of_code(ExitCode.TRY_AGAIN, "TryAgain", text)
+        finally:
+            asked.armed = False
     done = [words for words in last_words.of_ranks(reports) if words.result is not None]
     if not done:
         return last_words.of_code(ExitCode.TRY_AGAIN, "Crashed", "the ranks ended without a word")
@@ -129,28 +132,40 @@ class _Asked:
 
     def __init__(self) -> None:
         self.at: float | None = None
+        self.armed = False
+
+    def arm(self) -> None:
+        """From now on raise at a signal; at once, if one has come before."""
+        self.armed = True
+        if self.at is not None:
+            self._raise()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal; further ones change nothing."""
+        if self.at is None:
+            self.at = time.monotonic()
+            if self.armed:
+                self._raise()
 
     def seconds(self) -> float:
+        """Since the first signal."""
         return 0.0 if self.at is None else time.monotonic() - self.at
+
+    def _raise(self) -> None:
+        # Whatever came, the ranks are told by SIGTERM to save.
+        raise SignalException("asked to stop", signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _raise_on_signals(leave_stuck: Callable[[], NoReturn]) -> Iterator[_Asked]:
-    """Raise in the main thread at the first signal to end; further ones change nothing.
+    """Raise in the main thread, once armed, at the first signal to end.
 
     While the main thread is inside torch (waiting for other nodes), Python calls no handler; the
     signal's number still comes through a pipe, and a thread at its end leaves in its stead.
     """
     asked = _Asked()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked.at is None:
-            asked.at = time.monotonic()
-            # Ranks know SIGTERM and SIGINT; whatever came, they are told to save.
-            raise SignalException(f"got {signal.Signals(number).name}", signal.SIGTERM)
-
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    before = {number: signal.signal(number, asked.on_signal) for number in numbers}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

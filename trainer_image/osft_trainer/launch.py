@@ -11,10 +11,12 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from osft_trainer import last_words
@@ -42,8 +44,14 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with a code of `report.ExitCode`."""
+    # The first process of a container would ignore the signal until the ranks run.
+    signal.signal(signal.SIGTERM, _leave_early)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s launcher %(levelname)s %(message)s")
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
+
+
+def _leave_early(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(ExitCode.PREEMPTED)
 
 
 def run_command(argv: Sequence[str], program: Sequence[str] = RANK_PROGRAM) -> int:

@@ -25,8 +25,12 @@ from osft_operator.settings import Settings
 
 PREFIX = names.GROUP
 """Prefix of whatever kopf would write, so that nothing foreign could ever appear."""
+STOP_SECONDS = 3.0
+"""Longest wait for the end; kopf tries again for some seconds when it is stopped in its start."""
 ERROR_WAITS = (1, 2, 3, 5, 8, 13, 21, 34)
 """Seconds between tries of a failing watch: about a minute and a half, then this process ends."""
+
+_LOGGER = logging.getLogger("kopf")
 
 Seen = Callable[[Kind, str | None, Object], None]
 """Takes the kind, the event's type (None in the first list) and the object."""
@@ -48,6 +52,8 @@ class Watches:
 
     def start(self) -> None:
         """Begin to watch."""
+        # kopf speaks of each event and task at INFO; what ends a watch is an error and stays.
+        _LOGGER.setLevel(logging.WARNING)
         self._thread.start()
 
     async def ended(self) -> None:
@@ -59,9 +65,11 @@ class Watches:
         await asyncio.wrap_future(self._ended)
 
     async def stop(self) -> None:
-        """End the watches and wait for that; what they died of is not told here."""
+        """End the watches, and wait a little for that; what they died of is not told here."""
+        # What requests cut off in the middle say of it is no news.
+        _LOGGER.setLevel(logging.CRITICAL)
         self._stop.set()
-        await asyncio.wait([asyncio.wrap_future(self._ended)])
+        await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=STOP_SECONDS)
 
     def _run(self) -> None:
         namespaces = self._settings.namespaces

@@ -79,16 +79,17 @@ class Informer:
         others = asyncio.create_task(self._until_other_kinds(kinds))
         try:
             await asyncio.wait({ended, others}, return_when=asyncio.FIRST_COMPLETED)
+            died = ended.done()
         finally:
-            others.cancel()
             await watches.stop()
-            await asyncio.wait({ended, others})
-        error = ended.exception()
-        if error is None:
+            ended.cancel()
+            others.cancel()
+            error, _ = await asyncio.gather(ended, others, return_exceptions=True)
+        if not died:
             return
         # A kind whose definition was deleted ends its watch, and that alone is no reason to die.
         if not await self._list() or kinds == frozenset(filter(self.serves, WATCHED)):
-            raise WatchEnded(f"a watch ended: {error!r}") from error
+            raise WatchEnded(f"a watch ended: {error!r}")
 
     async def _until_other_kinds(self, kinds: frozenset[Kind]) -> None:
         """List from time to time, until other kinds exist."""

@@ -47,5 +47,3 @@ def configure(style: str, level: str) -> None:
         else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # kopf speaks of each event and task at INFO; what ends a watch is an error and stays.
-    logging.getLogger("kopf").setLevel(max(logging.getLevelName(level), logging.WARNING))

@@ -65,8 +65,6 @@ class Service:
             WatchEnded: when a watch died.
         """
         async with self._servers(), self._lease(stop), self._poller() as poller:
-            if stop.is_set():
-                return
             self._reconciler = Reconciler(
                 self._settings,
                 self._cluster,
@@ -76,6 +74,8 @@ class Service:
                 serves=self._informer.serves,
             )
             await self._until(stop, self._informer.sync())
+            if stop.is_set():
+                return
             self._health.ready = True
             parts = [self._informer.run(), poller.run(), self._count()]
             parts += [self._work() for _ in range(self._settings.workers)]
@@ -157,8 +157,8 @@ class Service:
         ending = set(tasks)
         for task in ending:
             task.cancel()
-        if ending:
-            await asyncio.wait(ending)
+        # Gathered, so that an error of a part that ends anyway is not reported as unheard.
+        await asyncio.gather(*ending, return_exceptions=True)
         tasks -= ending
 
     async def _work(self) -> None:

@@ -44,6 +44,9 @@ COLUMNS = [
 NOT_REQUIRED = {"spec.training": ["ckptOutputDir"]}
 """Fields that the typed spec always has and the operator fills in."""
 
+LIST_KEYS = {"spec.storage.mounts": "name", "spec.env": "name", "status.conditions": "type"}
+"""Lists whose entries are told apart by a field: no two are the same, and they merge by it."""
+
 
 def crd() -> Object:
     """The CustomResourceDefinition."""
@@ -102,10 +105,9 @@ def schema() -> Object:
     for path, fields in NOT_REQUIRED.items():
         required = _at(root, path)["required"]
         required[:] = [name for name in required if name not in fields]
-    for path, key in (("spec.storage.mounts", "name"), ("spec.env", "name")):
-        _at(root, path).update({"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]})
-    conditions = _at(root, "status.conditions")
-    conditions.update({"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]})
+    for path, key in LIST_KEYS.items():
+        keyed = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+        _at(root, path).update(keyed)
     for rule in RULES:
         _at(root, rule.at).setdefault("x-kubernetes-validations", []).append(rule.to_dict())
     return root

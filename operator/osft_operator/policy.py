@@ -9,29 +9,16 @@ The namespace's Pod Security admission stays the second line.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from osft_operator import names
 from osft_operator.pod_merge import APPENDED, KEYS
+from osft_operator.policy_security import Denial, security
 from osft_operator.spec import OSFTJob
 
+__all__ = ["Denial", "denials"]
+
 Object = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Denial:
-    """One thing that is refused."""
-
-    rule: str
-    """CamelCase name of the rule."""
-    field: str
-    """Path of the field."""
-    message: str
-    """What is wrong and what to do."""
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.message}"
 
 
 def denials(job: OSFTJob) -> list[Denial]:
@@ -169,7 +156,7 @@ def _pod_spec(spec: Object) -> Iterator[Denial]:
             yield Denial("HasOwnField", where, f"has a field of its own: use {HAS_FIELD[key]}")
         elif key in FORBIDDEN:
             yield Denial("Forbidden", where, f"{FORBIDDEN[key]}: remove it")
-    yield from _security(spec.get("securityContext"), "spec.podTemplate.spec.securityContext")
+    yield from security(spec.get("securityContext"), "spec.podTemplate.spec.securityContext")
 
 
 ALLOWED_VOLUMES = (
@@ -231,7 +218,7 @@ def _containers(spec: Object) -> Iterator[Denial]:
 
 
 def _container(container: Object, where: str) -> Iterator[Denial]:
-    yield from _security(container.get("securityContext"), f"{where}.securityContext")
+    yield from security(container.get("securityContext"), f"{where}.securityContext")
     for here, port in _entries(container, "ports", where):
         if port.get("hostPort"):
             yield Denial("Forbidden", f"{here}.hostPort", "opens a port of the node: remove it")
@@ -240,41 +227,6 @@ def _container(container: Object, where: str) -> Iterator[Denial]:
     for here, mount in _entries(container, "volumeMounts", where):
         if mount.get("mountPropagation") not in (None, "None"):
             yield Denial("Forbidden", f"{here}.mountPropagation", "reaches the node: remove it")
-
-
-SECURITY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "privileged": ((False,), "false"),
-    "allowPrivilegeEscalation": ((False,), "false"),
-    "runAsNonRoot": ((True,), "true"),
-    "procMount": (("Default",), "Default"),
-}
-"""Fields of a security context: what may be said."""
-
-
-def _security(context: Any, where: str) -> Iterator[Denial]:
-    if context is None:
-        return
-    if not isinstance(context, dict):
-        yield Denial("WrongType", where, "must be an object")
-        return
-    for key, (allowed, text) in SECURITY.items():
-        if key in context and context[key] not in allowed:
-            yield Denial("Isolation", f"{where}.{key}", f"must be {text}: remove it")
-    if context.get("runAsUser") == 0:
-        yield Denial("Isolation", f"{where}.runAsUser", "must not be 0 (root): remove it")
-    for key in ("sysctls", "windowsOptions", "seLinuxOptions"):
-        if key in context:
-            yield Denial("Isolation", f"{where}.{key}", "is refused: remove it")
-    for key in ("seccompProfile", "appArmorProfile"):
-        profile = context.get(key)
-        if profile is not None and (
-            not isinstance(profile, dict) or profile.get("type") == "Unconfined"
-        ):
-            yield Denial("Isolation", f"{where}.{key}", "must not be Unconfined: remove it")
-    capabilities = context.get("capabilities")
-    added = capabilities.get("add") if isinstance(capabilities, dict) else None
-    if added not in (None, [], ["NET_BIND_SERVICE"]):
-        yield Denial("Isolation", f"{where}.capabilities.add", "must be empty: remove it")
 
 
 def _entries(parent: Object, key: str, where: str) -> Iterator[tuple[str, Object]]:

@@ -26,9 +26,9 @@ KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
 
 PATTERN_WORDS = {
     QUANTITY_PATTERN: "must be a quantity, for instance 100Gi, 4 or 500m",
-    ABSOLUTE_PATH_PATTERN: "must be an absolute path without `:` and without `/` at its end, e.g. /data",
+    ABSOLUTE_PATH_PATTERN: "must be an absolute path without `:` or a last `/`, for instance /data",
     DNS_NAME_PATTERN: "must be the name of an object: lower case letters, digits, `-` and `.`",
-    LABEL_VALUE_PATTERN: "must be letters, digits, `-`, `_` or `.`, at both ends a letter or digit",
+    LABEL_VALUE_PATTERN: "must be letters, digits, `-`, `_`, `.`, at both ends a letter or digit",
     KEY_PATTERN: "must be a key: letters, digits, `-`, `_` and `.`",
 }
 """What each pattern asks for, for people."""

@@ -19,13 +19,13 @@ from osft_operator.actions import (
 from osft_operator.draft import Draft
 from osft_operator.observed import (
     Object,
-    controller,
     find_condition,
     is_deleting,
     is_suspended,
     is_true,
     time_of,
 )
+from osft_operator.obstacles import LONG_SECONDS, in_the_way
 from osft_operator.render import checkpoint_claim, pytorch_job
 from osft_operator.resolved import Resolved, resolve
 from osft_operator.spec import OSFTJob
@@ -35,8 +35,6 @@ PODS_MISSING_SECONDS = 60.0
 """After so long without pods, something is wrong."""
 SHORT_SECONDS = 10.0
 """Until the next look at something that goes away by itself."""
-LONG_SECONDS = 30.0
-"""Until the next look at something that a person must change."""
 SUSPENDED_BY_USER = "SuspendRequested"
 
 
@@ -47,7 +45,7 @@ def begin(draft: Draft, job: OSFTJob) -> None:
         return
     draft.condition("Suspended", "False", "NotSuspended")
     resolved = resolve(job, draft.observed.settings)
-    if _in_the_way(draft, job, resolved, job.metadata.name):
+    if in_the_way(draft, job, resolved, job.metadata.name):
         return
     draft.status["resolved"] = resolved.to_status()
     draft.status["startTime"] = draft.now_text
@@ -122,7 +120,7 @@ def _replace_missing(draft: Draft, job: OSFTJob) -> None:
 def _create(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> None:
     if draft.recorded("Suspended")[0] == "True":
         draft.condition("Suspended", "False", "Resumed")
-    if _in_the_way(draft, job, resolved, name):
+    if in_the_way(draft, job, resolved, name):
         return
     claim = checkpoint_claim(job, resolved)
     if claim is not None and draft.observed.claim is None:
@@ -132,54 +130,6 @@ def _create(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> None:
     attempt = draft.status["attempt"]
     draft.do(CreatePyTorchJob(pytorch_job(job, resolved, attempt)))
     draft.events.append(Event("Normal", "PyTorchJobCreated", f"made PyTorchJob {name}"))
-
-
-def _in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> bool:
-    """Say what keeps the PyTorchJob from being made, if anything does."""
-    observed = draft.observed
-    stranger = observed.stranger_named(name)
-    if not observed.pytorch_job_kind_present:
-        reason, words = (
-            "PyTorchJobKindMissing",
-            ("the cluster has no PyTorchJobs (kubeflow.org/v1): install the training-operator"),
-        )
-    elif stranger is not None:
-        owner = controller(stranger)
-        whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "nobody"
-        reason, words = (
-            "NameTaken",
-            (f"PyTorchJob {name} is there, owned by {whose}: delete it, or use another name"),
-        )
-    elif (trouble := _claim_trouble(draft, job, resolved)) is not None:
-        reason, words = trouble
-    else:
-        return False
-    draft.condition("Running", "False", reason, words)
-    draft.look_again(LONG_SECONDS)
-    return True
-
-
-def _claim_trouble(draft: Draft, job: OSFTJob, resolved: Resolved) -> tuple[str, str] | None:
-    claim, name = draft.observed.claim, resolved.checkpoint_claim
-    if job.spec.storage.checkpoints.claim_name is not None:
-        if claim is None:
-            return "ClaimNotFound", f"claim {name} does not exist: create it"
-        return None
-    if claim is None:
-        return None
-    if is_deleting(claim):
-        return "ClaimTerminating", f"claim {name} of an earlier OSFTJob is being deleted"
-    owner = controller(claim)
-    label = (claim["metadata"].get("labels") or {}).get(names.JOB_LABEL)
-    if owner and owner.get("uid") != draft.observed.uid:
-        whose = f"{owner.get('kind')} {owner.get('name')}"
-        return "ClaimTaken", f"claim {name} belongs to {whose}: delete it, or use claimName"
-    if not owner and label != job.metadata.name:
-        return "ClaimTaken", (
-            f"claim {name} exists without label {names.JOB_LABEL}={job.metadata.name}: label it, "
-            "delete it, or use claimName"
-        )
-    return None
 
 
 def _watch(draft: Draft, job: OSFTJob, resolved: Resolved, current: Object) -> None:

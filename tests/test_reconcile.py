@@ -1,0 +1,247 @@
+"""Passes over an OSFTJob against a real API server: what is made, written, said, and held back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+import job_samples
+from cluster.control_plane import ControlPlane
+from osft_operator.actions import Event, PollTarget
+from osft_operator.cache import Cache
+from osft_operator.cluster import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Cluster, Conflict, Kind
+from osft_operator.events import Recorder
+from osft_operator.merge_patch import merge_patch
+from osft_operator.queue import Key
+from osft_operator.reconcile import Reconciler
+from osft_operator.resync import Resync
+from osft_operator.settings import Settings
+from osft_trainer.report import Progress
+
+
+class Told:
+    """What pods have told; the real poller is tested over HTTP in test_polling."""
+
+    def __init__(self) -> None:
+        self.answer: Progress | None = None
+
+    def progress(self, _: Key) -> Progress | None:
+        return self.answer
+
+    def watch(self, key: Key, targets: Sequence[PollTarget]) -> None:
+        pass
+
+
+class Scene:
+    """A reconciler whose cache is filled by lists, pass by pass."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.cache = Cache()
+        self.told = Told()
+        self.now = 1000.0
+        self.waits: float | None = None
+        self._resync = Resync(cluster, self.cache, [namespace])
+        self.reconciler = Reconciler(
+            Settings(progress_write_seconds=30),
+            cluster,
+            self.cache,
+            self.told,  # type: ignore[arg-type]
+            Recorder(cluster, "test"),
+            serves=lambda kind: kind in self._resync.present,
+            clock=lambda: self.now,
+        )
+
+    async def one_pass(self, name: str = "run") -> float | None:
+        """List, then one pass."""
+        await self._resync.run()
+        return await self.reconciler.reconcile(Key(self.namespace, name))
+
+    async def settle(self, name: str = "run") -> None:
+        """Passes until nothing is due at once."""
+        for _ in range(10):
+            if await self.one_pass(name) != 0:
+                return
+        raise AssertionError("passes without end")
+
+    async def job(self, name: str = "run") -> dict[str, Any]:
+        return await self.cluster.get(OSFTJOBS, self.namespace, name)
+
+    async def names(self, kind: Kind) -> list[str]:
+        listing = await self.cluster.list_all(kind, self.namespace)
+        return [item["metadata"]["name"] for item in listing.items]
+
+    async def said(self) -> dict[str, int]:
+        """Events by reason, with their counts."""
+        listing = await self.cluster.list_all(EVENTS, self.namespace)
+        return {item["reason"]: item["count"] for item in listing.items}
+
+    async def condition(self, kind: str) -> dict[str, Any]:
+        conditions = (await self.job())["status"]["conditions"]
+        found: dict[str, Any] = next(each for each in conditions if each["type"] == kind)
+        return found
+
+
+Story = Callable[[Scene], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def tell(
+    control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Story], None]:
+    """Runs a story in the test's namespace, where one OSFTJob `run` waits."""
+
+    def play(story: Story) -> None:
+        monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
+        cluster = Cluster.connect()
+
+        async def whole() -> None:
+            await cluster.create(OSFTJOBS, namespace, job_samples.job(name="run"))
+            await story(Scene(cluster, namespace))
+
+        try:
+            asyncio.run(whole())
+        finally:
+            cluster.close()
+
+    return play
+
+
+@pytest.mark.cluster
+def test_children_are_made_and_then_nothing_is_written(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        assert await scene.names(PYTORCHJOBS) == ["run"]
+        assert await scene.names(CLAIMS) == ["run-checkpoints"]
+        assert await scene.said() == {"PyTorchJobCreated": 1, "CheckpointClaimCreated": 1}
+        before = await scene.job()
+        await scene.one_pass()
+        assert await scene.job() == before
+        assert await scene.said() == {"PyTorchJobCreated": 1, "CheckpointClaimCreated": 1}
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_a_stale_cache_makes_nothing_twice(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        key = Key(scene.namespace, "run")
+        await scene.one_pass()
+        stale = scene.cache.get(OSFTJOBS, *key)
+        assert stale is not None
+        await scene.settle()
+        made = [await scene.cluster.get(PYTORCHJOBS, scene.namespace, "run")]
+        # As if this process had begun before its earlier life made the children.
+        late = Scene(scene.cluster, scene.namespace)
+        late._resync._synced = frozenset({PYTORCHJOBS, CLAIMS, OSFTJOBS})
+        late.cache.put(OSFTJOBS, stale)
+        assert await late.reconciler.reconcile(key) == 1.0
+        assert await late.reconciler.reconcile(key) == 1.0
+        with pytest.raises(Conflict):
+            await late.reconciler.reconcile(key)
+        await late.settle()
+        assert [await scene.cluster.get(PYTORCHJOBS, scene.namespace, "run")] == made
+        assert (await scene.job())["status"]["pyTorchJobUID"] == made[0]["metadata"]["uid"]
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_a_refusal_is_a_condition_with_the_servers_words_and_told_once(
+    tell: Callable[[Story], None], control_plane: ControlPlane, namespace: str
+) -> None:
+    quotas = f"/api/v1/namespaces/{namespace}/resourcequotas"
+    hard = {"persistentvolumeclaims": "0"}
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": hard}}
+    control_plane.api.post(quotas, {"apiVersion": "v1", "kind": "ResourceQuota", **quota})
+    # No controller counts here, so the test does.
+    control_plane.api.patch(f"{quotas}/none/status", {"status": {"hard": hard, "used": hard}})
+
+    async def story(scene: Scene) -> None:
+        assert await scene.one_pass() == 0
+        for _ in range(3):
+            assert await scene.one_pass() == 300
+        accepted = await scene.condition("Accepted")
+        assert (accepted["status"], accepted["reason"]) == ("False", "Refused")
+        assert "exceeded quota" in accepted["message"]
+        assert await scene.names(PYTORCHJOBS) == []
+        assert await scene.said() == {"Refused": 1}
+        control_plane.api.delete(f"{quotas}/none")
+        await scene.settle()
+        assert await scene.names(PYTORCHJOBS) == ["run"]
+        assert (await scene.condition("Accepted"))["status"] == "True"
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_progress_is_held_back_but_not_a_milestone(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        uid = (await scene.job())["metadata"]["uid"]
+
+        async def step_after(step: int, *, milestone: bool, seconds: float) -> int | None:
+            scene.now += seconds
+            scene.told.answer = Progress(run_id=uid, step=step, total_steps=1000, phase="Training")
+            scene.reconciler.progressed(Key(scene.namespace, "run"), milestone)
+            scene.waits = await scene.one_pass()
+            progress = (await scene.job())["status"].get("progress") or {}
+            found: int | None = progress.get("step")
+            return found
+
+        assert await step_after(1, milestone=True, seconds=0) == 1
+        assert await step_after(2, milestone=False, seconds=10) == 1
+        assert scene.waits == 20, "what was held back has an appointment"
+        assert await step_after(3, milestone=True, seconds=1) == 3
+        assert await step_after(4, milestone=False, seconds=29) == 3
+        assert await step_after(5, milestone=False, seconds=2) == 5
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_an_event_that_comes_again_is_counted(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        job = await scene.job()
+        event = Event("Warning", "Again", "the same words")
+        for recorder in (Recorder(scene.cluster, "a"), Recorder(scene.cluster, "b")):
+            await recorder.record(job, event)
+            await recorder.record(job, event)
+        await recorder.record(job, Event("Warning", "Again2", "x" * 5000))
+        assert await scene.said() == {"Again": 4, "Again2": 1}
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_a_job_that_is_gone_is_no_error(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        uid = (await scene.job())["metadata"]["uid"]
+        await scene.cluster.delete(OSFTJOBS, scene.namespace, "run", uid=uid)
+        assert await scene.one_pass() is None
+
+    tell(story)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "patch"),
+    [
+        ({}, {}, {}),
+        ({"a": 1}, {"a": 1}, {}),
+        ({"a": 1}, {"a": 2, "b": 3}, {"a": 2, "b": 3}),
+        ({"a": 1}, {}, {"a": None}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a": {"c": None}}),
+        ({"a": [1, 2]}, {"a": [2]}, {"a": [2]}),
+        ({"a": 1}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"a": {"b": 1}}, {"a": {}}, {"a": {"b": None}}),
+    ],
+)
+def test_a_merge_patch_makes_the_new_of_the_old(
+    old: dict[str, Any], new: dict[str, Any], patch: dict[str, Any]
+) -> None:
+    assert merge_patch(old, new) == patch

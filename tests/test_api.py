@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import tiny
-from launching import free_port, until
+from launching import children, free_port, is_alive, until
 from osft_trainer import (
     Backend,
     MiniTrainerOSFTBackend,
@@ -233,3 +233,21 @@ def test_exit_codes_and_errors_are_two_ways_to_say_the_same() -> None:
     for error in (ValueError("x"), Diverged("x"), Preempted("x")):
         assert type(api._error(last_words.of_error(error))) is type(error)
     assert last_words.of_error(KeyError("x")).exit_code == ExitCode.TRY_AGAIN
+
+
+def test_launcher_and_ranks_end_with_the_process_that_called(base: Path, tmp_path: Path) -> None:
+    told = given(base, tmp_path, training_mode="infinite", lr_scheduler="constant",
+                 save_final_checkpoint=False) | {"nproc_per_node": 2}  # fmt: skip
+    code = "import json, sys; from osft_trainer import osft; osft(**json.loads(sys.argv[1]))"
+    folder = RunFolder(tmp_path)
+    caller = subprocess.Popen([sys.executable, "-c", code, json.dumps(told)])
+    try:
+        until(lambda: steps(folder) > 1, 240)
+        (launcher,) = children(caller.pid)
+        ranks = children(launcher)
+    finally:
+        caller.kill()
+        caller.wait()
+    assert len(ranks) == 2
+    until(lambda: not any(is_alive(pid) for pid in (launcher, *ranks)), 120)
+    assert folder.complete_checkpoints()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from launching import Launcher, free_port, is_alive, until
+from launching import Launcher, children, free_port, is_alive, until
 from osft_trainer.arguments import from_argv
 from osft_trainer.config import LaunchParameters
 from osft_trainer.launch import RANK_PROGRAM
@@ -80,6 +80,7 @@ def test_the_elastic_variables_of_a_pytorchjob_are_read() -> None:
         ({}, {"nnodes": 2}, "needs a place to meet"),
         (MASTER, {}, "needs node_rank"),
         (MASTER, {"node_rank": 2}, "below nnodes 2"),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "long"}, {}, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT 'long'"),
         ({"PET_MAX_RESTARTS": "-1"}, {}, "PET_MAX_RESTARTS '-1'"),
         ({"PET_RDZV_CONF": "timeout"}, {}, "PET_RDZV_CONF 'timeout'"),
     ],
@@ -260,7 +261,3 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(base: Path, tmp_path: 
 def steps(folder: RunFolder) -> int:
     progress = read_document(folder.progress, Progress)
     return 0 if progress is None else progress.step
-
-
-def children(pid: int | None) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

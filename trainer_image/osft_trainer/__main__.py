@@ -6,7 +6,6 @@ last words and exit code. Must never train, or decide anything about other ranks
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -14,17 +13,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from osft_trainer import last_words
 from osft_trainer.arguments import TrainerArguments, from_argv
 from osft_trainer.last_words import REPORTS_ENV, LastWords
-from osft_trainer.report import Progress, RunFolder, read_document
-
-_PR_SET_PDEATHSIG = 1
-"""prctl option: the signal that this process gets when its parent dies."""
+from osft_trainer.lifeline import end_with_parent
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -34,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     )
     if REPORTS_ENV in os.environ:
-        _end_with_parent()
+        end_with_parent()
         last_words.forget(rank, os.environ)
     arguments: TrainerArguments | None = None
     try:
@@ -47,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exc()
         else:
             print(f"rank {rank}: {words.reason}: {words.message}", file=sys.stderr)
-    last_words.leave(words, os.environ, _progress(arguments))
+    progress = None if arguments is None else last_words.progress_of(arguments)
+    last_words.leave(words, os.environ, progress)
     _exit(words.exit_code)
 
 
@@ -63,15 +59,6 @@ def _run(arguments: TrainerArguments, rank: int) -> LastWords:
     return last_words.of_result(worker.run(arguments, world, stop=stop), rank)
 
 
-def _progress(arguments: TrainerArguments | None) -> Progress | None:
-    """The run's last progress, if the file is this run's."""
-    if arguments is None:
-        return None
-    found = read_document(RunFolder(Path(arguments.training.ckpt_output_dir)).progress, Progress)
-    asked = arguments.run.run_id
-    return found if found is not None and asked in (None, found.run_id) else None
-
-
 def _stop_on_signals() -> threading.Event:
     """Set an event at SIGTERM or SIGINT: the loop saves and ends after its step."""
     stop = threading.Event()
@@ -82,13 +69,6 @@ def _stop_on_signals() -> threading.Event:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return stop
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the launcher is killed: no rank goes on unseen."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _exit(code: int) -> NoReturn:

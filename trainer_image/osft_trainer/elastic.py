@@ -65,7 +65,7 @@ def run_ranks(
             asked.arm()
             elastic_launch(config, command[0])(*command[1:])
         except SignalException:
-            return Stopped(asked.seconds() >= (config.shutdown_timeout or 0))
+            return Stopped(asked.seconds() >= topology.patience_seconds)
         except ChildFailedError as error:
             return _after_failure(reports, error)
         # No rank ran or they cannot be judged: whatever torch raised is a reason to try again.

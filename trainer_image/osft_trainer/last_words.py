@@ -14,11 +14,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from osft_trainer.arguments import TrainerArguments
 from osft_trainer.outcome import Diverged, Preempted, Superseded, TrainResult
 from osft_trainer.report import (
     Document,
     ExitCode,
     Progress,
+    RunFolder,
     Termination,
     read_document,
     write_atomically,
@@ -130,6 +132,12 @@ def leave(words: LastWords, environ: Mapping[str, str], progress: Progress | Non
         name = _LAUNCHER if words.rank < 0 else _name(words.rank)
         write_atomically(Path(reports) / name, words.to_json())
     write_termination(words.to_termination(progress), dict(environ))
+
+
+def progress_of(arguments: TrainerArguments) -> Progress | None:
+    """The progress in the run folder, if it is this run's."""
+    found = read_document(RunFolder(Path(arguments.training.ckpt_output_dir)).progress, Progress)
+    return found if found is not None and arguments.run.run_id in (None, found.run_id) else None
 
 
 def forget(rank: int, environ: Mapping[str, str]) -> None:

@@ -23,21 +23,12 @@ from osft_trainer import last_words
 from osft_trainer.arguments import TrainerArguments, from_argv
 from osft_trainer.identity import is_finished, standing_verdict
 from osft_trainer.last_words import REPORTS_ENV, LastWords
-from osft_trainer.report import (
-    TERMINATION_LOG_ENV,
-    ExitCode,
-    Progress,
-    RunFolder,
-    read_document,
-)
-from osft_trainer.topology import Topology, resolve, usable_cpus
+from osft_trainer.lifeline import end_with_parent
+from osft_trainer.report import TERMINATION_LOG_ENV, ExitCode, RunFolder
+from osft_trainer.topology import PATIENCE_ENV, Topology, resolve, usable_cpus
 
 RANK_PROGRAM = (sys.executable, "-u", "-m", "osft_trainer")
 """What is started once per rank; the arguments follow."""
-PATIENCE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Seconds that ranks get to save after SIGTERM."""
-PATIENCE_SECONDS = "300"
-"""Used when it is not set: torch's 30 seconds would cut off a large save."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with a code of `report.ExitCode`."""
     # The first process of a container would ignore the signal until the ranks run.
     signal.signal(signal.SIGTERM, _leave_early)
+    if REPORTS_ENV in os.environ:
+        end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s launcher %(levelname)s %(message)s")
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
 
@@ -79,7 +72,7 @@ def run_command(argv: Sequence[str], program: Sequence[str] = RANK_PROGRAM) -> i
 def _launch(arguments: TrainerArguments, topology: Topology, program: Sequence[str]) -> int:
     over = already_over(arguments)
     if over is not None:
-        last_words.leave(over, os.environ, _progress(arguments))
+        last_words.leave(over, os.environ, last_words.progress_of(arguments))
         logger.info("%s: %s", over.reason, over.message)
         return over.exit_code
     _set_defaults(topology)
@@ -89,7 +82,7 @@ def _launch(arguments: TrainerArguments, topology: Topology, program: Sequence[s
             # What the launcher knows of a killed rank says more than what others lost by it.
             _forget_old_words()
         last_words.leave(words.model_copy(update={"rank": -1}), {REPORTS_ENV: str(reports)})
-        last_words.leave(words, _without_reports(), _progress(arguments))
+        last_words.leave(words, _without_reports(), last_words.progress_of(arguments))
     if words.exit_code != ExitCode.DONE:
         whose = "" if words.rank < 0 else f"rank {words.rank}: "
         logger.error("%s%s: %s", whose, words.reason, words.message)
@@ -107,7 +100,7 @@ def already_over(arguments: TrainerArguments) -> LastWords | None:
     if not endless and is_finished(folder, arguments.run):
         text = f"the trained model is in {folder.final}"
         words = last_words.of_code(ExitCode.DONE, "AlreadyFinished", text)
-        progress = _progress(arguments)
+        progress = last_words.progress_of(arguments)
         result = last_words.Result(
             final_dir=str(folder.final),
             steps=0 if progress is None else progress.step,
@@ -140,7 +133,7 @@ def _run_ranks(
 
     def leave_stuck() -> NoReturn:
         words = _after_stop(arguments, reports, patience_is_over=False)
-        last_words.leave(words, os.environ, _progress(arguments))
+        last_words.leave(words, os.environ, last_words.progress_of(arguments))
         os._exit(words.exit_code)
 
     end = run_ranks(topology, [*program, *arguments.to_argv()], reports, leave_stuck)
@@ -170,7 +163,7 @@ def _set_defaults(topology: Topology) -> None:
     """Variables that ranks inherit, where the user has set none."""
     threads = max(1, usable_cpus() // topology.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault(PATIENCE_ENV, PATIENCE_SECONDS)
+    os.environ.setdefault(PATIENCE_ENV, str(topology.patience_seconds))
 
 
 @contextlib.contextmanager
@@ -197,12 +190,6 @@ def _forget_old_words() -> None:
     target = os.environ.get(TERMINATION_LOG_ENV)
     if target is not None and Path(target).is_file():
         Path(target).write_bytes(b"")
-
-
-def _progress(arguments: TrainerArguments) -> Progress | None:
-    found = read_document(RunFolder(Path(arguments.training.ckpt_output_dir)).progress, Progress)
-    asked = arguments.run.run_id
-    return found if found is not None and asked in (None, found.run_id) else None
 
 
 if __name__ == "__main__":

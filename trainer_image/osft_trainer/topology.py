@@ -16,6 +16,10 @@ from osft_trainer.config import LaunchParameters
 
 DEFAULT_PORT = 29500
 """torchrun's port of a static rendezvous."""
+PATIENCE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Environment variable: seconds that ranks get to save after SIGTERM. Torch reads it."""
+PATIENCE_SECONDS = 300
+"""Used when it is not set: torch's own 30 seconds would cut off a large save."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Topology:
     rdzv_conf: Mapping[str, str]
     max_restarts: int
     """Restarts of the ranks inside one launcher. 0: the pod's restart policy does it."""
+    patience_seconds: int
+    """How long ranks may take to save after SIGTERM."""
 
     @property
     def is_single_process(self) -> bool:
@@ -73,6 +79,7 @@ def resolve(
         rdzv_id=str(identity or "osft"),
         rdzv_conf=_conf(environ.get("PET_RDZV_CONF", "")),
         max_restarts=_number(environ, "PET_MAX_RESTARTS", 0),
+        patience_seconds=_number(environ, PATIENCE_ENV, PATIENCE_SECONDS),
     )
 
 

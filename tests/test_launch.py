@@ -113,6 +113,12 @@ def test_the_first_failed_rank_gives_code_and_words(
     assert said in launcher.words.message
 
 
+def test_ranks_of_one_node_need_no_name_of_the_host(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {0: "done", 1: "done"}, {"PET_MASTER_ADDR": "job-master-0"})
+    assert launcher.wait() == 0
+    assert {launcher.seen(rank)["MASTER_ADDR"] for rank in (0, 1)} == {"127.0.0.1"}
+
+
 def test_ranks_are_asked_to_save_at_sigterm(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, {0: "saves when asked", 1: "saves when asked"})
     launcher.wait_for("waiting-0", "waiting-1")

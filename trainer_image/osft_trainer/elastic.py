@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from osft_trainer import last_words
 from osft_trainer.last_words import LastWords
 from osft_trainer.report import ExitCode
-from osft_trainer.topology import Topology
+from osft_trainer.topology import ALONE, Topology
 
 STUCK_SECONDS = 2.0
 """A launcher that has not noticed a signal after this waits for other nodes inside torch."""
@@ -95,6 +95,8 @@ def _launch_config(topology: Topology, reports: Path) -> LaunchConfig:
         rdzv_backend=topology.backend,
         rdzv_configs=configs,
         max_restarts=topology.max_restarts,
+        # Else ranks look for each other by the host's name, which a machine may not resolve.
+        local_addr="127.0.0.1" if topology.endpoint == ALONE else None,
         logs_specs=DefaultLogsSpecs(log_dir=str(reports / "torch")),
         # torch replaces the handlers of what is named here; the launcher keeps its own.
         signals_to_handle="SIGUSR2",

@@ -16,6 +16,8 @@ from osft_trainer.config import LaunchParameters
 
 DEFAULT_PORT = 29500
 """torchrun's port of a static rendezvous."""
+ALONE = "localhost:0"
+"""Endpoint of a node that meets nobody."""
 PATIENCE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable: seconds that ranks get to save after SIGTERM. Torch reads it."""
 PATIENCE_SECONDS = 300
@@ -144,7 +146,7 @@ def _meeting_point(
         return environ.get("PET_RDZV_BACKEND") or "c10d", endpoint
     if nodes == 1:
         # Nobody to meet: any free port, and no name that would have to be resolved.
-        return "c10d", "localhost:0"
+        return "c10d", ALONE
     address = environ.get("PET_MASTER_ADDR")
     if not address:
         raise ValueError(

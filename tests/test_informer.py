@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
+import bare_plane
 from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
-from cluster.fixtures import own_crds, pytorchjob_crd
+from cluster.fixtures import pytorchjob_crd
 from osft_operator.cache import WATCHED, Cache
 from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Cluster
 from osft_operator.handlers import kopf_settings
@@ -109,32 +110,20 @@ def test_what_happens_is_heard_and_what_is_not_ours_is_not(
     play(control_plane, namespace, monkeypatch, story)
 
 
-@pytest.fixture
-def own_plane(
-    control_plane_binaries: Binaries, session_mark: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ControlPlane]:
-    """A control plane without PyTorchJobs; the other tests' kinds are left alone."""
-    folder = tmp_path_factory.mktemp("plane")
-    plane = ControlPlane(control_plane_binaries, folder, f"{session_mark}/own")
-    try:
-        plane.start(own_crds())
-        plane.create_namespace("test")
-        yield plane
-    finally:
-        plane.stop()
-
-
 def test_a_kind_that_comes_and_goes_ends_nothing(
-    own_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+    control_plane_binaries: Binaries,
+    session_mark: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    namespace = "test"
+    namespace = bare_plane.NAMESPACE
 
     async def story(scene: Scene) -> None:
         assert scene.informer.serves(OSFTJOBS)
         assert not scene.informer.serves(PYTORCHJOBS)
         await scene.cluster.create(CLAIMS, namespace, claim("c", **{JOB_LABEL: "job"}))
         await scene.until(lambda: scene.news, "news while a kind is missing")
-        await asyncio.to_thread(own_plane.install_crd, pytorchjob_crd())
+        await asyncio.to_thread(plane.install_crd, pytorchjob_crd())
         await scene.until(lambda: scene.informer.serves(PYTORCHJOBS), "the kind's coming")
         body = {
             "apiVersion": "kubeflow.org/v1",
@@ -144,10 +133,12 @@ def test_a_kind_that_comes_and_goes_ends_nothing(
         }
         await scene.cluster.create(PYTORCHJOBS, namespace, body)
         await scene.until(lambda: Key(namespace, "other") in scene.news, "news of the new kind")
-        own_plane.remove_crd("pytorchjobs.kubeflow.org", ["v1"])
+        plane.remove_crd("pytorchjobs.kubeflow.org", ["v1"])
         await scene.until(lambda: not scene.informer.serves(PYTORCHJOBS), "the kind's end")
         assert list(scene.cache.all(PYTORCHJOBS)) == []
         await scene.cluster.create(CLAIMS, namespace, claim("d", **{JOB_LABEL: "last"}))
         await scene.until(lambda: Key(namespace, "last") in scene.news, "news after the end")
 
-    play(own_plane, namespace, monkeypatch, story)
+    folder = tmp_path_factory.mktemp("plane")
+    with bare_plane.running(control_plane_binaries, folder, session_mark) as plane:
+        play(plane, namespace, monkeypatch, story)

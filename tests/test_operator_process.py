@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+import bare_plane
 import job_samples
 import operator_process
 from cluster.api import wait_for
+from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
+from cluster.fixtures import pytorchjob_crd
 from operator_process import OperatorProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
@@ -198,3 +201,49 @@ def test_sigterm_ends_it_at_once_and_frees_the_lease(
     assert operator.stop() == 0
     (lease,) = scene.plane.api.get(scene.path("/apis/coordination.k8s.io/v1", "leases"))["items"]
     assert not lease["spec"].get("holderIdentity")
+
+
+def test_without_pytorchjobs_it_says_so_and_goes_on_when_they_come(
+    control_plane_binaries: Binaries,
+    session_mark: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder, namespace = tmp_path_factory.mktemp("plane"), bare_plane.NAMESPACE
+    with (
+        bare_plane.running(control_plane_binaries, folder, session_mark) as plane,
+        operator_process.running(
+            plane, namespace, tmp_path, session_mark, operator_process.QUICK
+        ) as operator,
+    ):
+        scene = Scene(plane, namespace)
+        scene.apply(job_samples.job(name="run"))
+        told = scene.until("run", "Running", "False", "PyTorchJobKindMissing")
+        assert "training-operator" in told["message"]
+        plane.install_crd(pytorchjob_crd())
+        wait_for("the PyTorchJob", lambda: scene.uids(scene.pytorch_jobs))
+        assert operator.log().count('"Serving"') == 1, "it ended and was started anew"
+        assert '"severity": "error"' not in operator.log(), operator.log()
+
+
+def test_two_replicas_make_everything_once_and_the_second_takes_over(
+    operator: OperatorProcess,
+    scene: Scene,
+    control_plane: ControlPlane,
+    tmp_path_factory: pytest.TempPathFactory,
+    session_mark: str,
+) -> None:
+    folder = tmp_path_factory.mktemp("second")
+    second = OperatorProcess(control_plane, scene.namespace, folder, session_mark)
+    second.environment["OSFT_INSTANCE_NAME"] = "operator-1"
+    wait_for("the leader", lambda: "This replica is the leader" in operator.log())
+    second.start()
+    scene.apply(job_samples.job(name="run"))
+    wait_for("the PyTorchJob", lambda: scene.uids(scene.pytorch_jobs))
+    assert "This replica is the leader" not in second.log()
+    operator.kill()
+    scene.apply(job_samples.job(name="next"))
+    wait_for("the second's work", lambda: "next" in scene.uids(scene.pytorch_jobs))
+    expected = {"run", "run-checkpoints", "next", "next-checkpoints"}
+    wait_for("the claim", lambda: set(scene.children()) == expected)
+    assert second.stop() == 0

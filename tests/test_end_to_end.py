@@ -41,7 +41,7 @@ def test_apply_trains_on_two_nodes_of_two_processes(jobs: Jobs, tmp_path: Path) 
     for words in ("PyTorchJobCreated", "Phase:", "Succeeded", "World Size:", "/checkpoints/two-by"):
         assert words in described, described
     logs = jobs.kubectl("logs", "two-by-two-master-0")
-    assert "step 200 of 200" in logs
+    assert "wrote the model after step 200" in logs
 
     plan = json.loads(jobs.folder("two-by-two").plan.read_text())
     assert plan, "plan.json says what was trained"
@@ -52,7 +52,7 @@ def test_apply_trains_on_two_nodes_of_two_processes(jobs: Jobs, tmp_path: Path) 
 
 
 def test_the_same_file_runs_without_a_cluster(jobs: Jobs, learned: Path, tmp_path: Path) -> None:
-    """`osft run` of a short job gives the losses that the cluster gives."""
+    """`osft run` of a short job gives the cluster's losses; threads may differ, so nearly."""
     job = osftjob("everywhere", maxSteps=6, checkpointEverySteps=None)
     jobs.apply(job)
     (tmp_path / "models").mkdir()
@@ -67,7 +67,7 @@ def test_the_same_file_runs_without_a_cluster(jobs: Jobs, learned: Path, tmp_pat
     jobs.wait_phase("everywhere", "Succeeded")
     here = tmp_path / "everywhere-checkpoints" / "everywhere" / "metrics.jsonl"
     mine = [json.loads(line)["loss"] for line in here.read_text().splitlines()]
-    assert mine == jobs.losses("everywhere")
+    assert mine == pytest.approx(jobs.losses("everywhere"), rel=1e-4)
 
 
 def _log_when(jobs: Jobs, pod: str, words: str) -> str:

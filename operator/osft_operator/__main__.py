@@ -1,7 +1,7 @@
 """`osft-operator`, also `python -m osft_operator`: settings, log, signals, run, exit code.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the Lease was lost or a watch died (start it anew);
-2 the settings or the way to the cluster are wrong (starting anew does not help).
+Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the Lease was lost or refused, or a watch died (start
+it anew); 2 the settings or the way to the cluster are wrong (starting anew does not help).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 
 from osft_operator import logs
-from osft_operator.cluster import Cluster
+from osft_operator.cluster import Cluster, ClusterError
 from osft_operator.informer import WatchEnded
 from osft_operator.leader import LeaseLost
 from osft_operator.service import Service
@@ -35,7 +35,7 @@ def main() -> int:
         return 2
     try:
         asyncio.run(_run(settings, cluster))
-    except (LeaseLost, WatchEnded) as error:
+    except (LeaseLost, WatchEnded, ClusterError) as error:
         logger.error("Ending: %s", error)
         return 1
     finally:

@@ -266,14 +266,15 @@ class Cluster:
             raise Unavailable(f"{method} {kind.plural}: no answer: {error}") from None
         metrics.api_requests.labels(str(response.status), method).inc()
         if 200 <= response.status < 300:
-            found: Object = json.loads(raw)
-            return found
+            if found := _document(raw):
+                return found
+            raise Unavailable(f"{method} {kind.plural}: the answer is no JSON object")
         raise _error(method, kind, response.status, raw, response.headers.get("Retry-After"))
 
 
 def _error(method: str, kind: Kind, code: int, raw: bytes, retry_after: str | None) -> ClusterError:
     """An answer that is no result, sorted by what a caller may do about it."""
-    status = _status(raw)
+    status = _document(raw)
     message = str(status.get("message") or raw[:MAX_MESSAGE].decode(errors="replace")).strip()
     reason = str(status.get("reason", ""))
     text = f"{method} {kind.plural}: {message}"
@@ -292,7 +293,8 @@ def _error(method: str, kind: Kind, code: int, raw: bytes, retry_after: str | No
     return Refused(message, code=code, reason=reason)
 
 
-def _status(raw: bytes) -> Object:
+def _document(raw: bytes) -> Object:
+    """The JSON object of an answer; empty when it is none, as from a proxy in between."""
     try:
         found = json.loads(raw)
     except ValueError:

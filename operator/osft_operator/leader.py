@@ -57,9 +57,17 @@ class Leader:
                 f"and lasts {self._duration} s"
             )
 
-    async def acquire(self) -> None:
-        """Wait until this replica is the leader."""
+    async def acquire(self, standby: Callable[[], None] = lambda: None) -> None:
+        """Wait until this replica is the leader.
+
+        Args:
+            standby: called when it is not at once.
+
+        Raises:
+            Refused: when the API server does not let it try.
+        """
         while not await self._try():
+            standby()
             await asyncio.sleep(self._interval)
         logger.info("This replica is the leader", extra={"lease": self._name})
         metrics.leader.labels(self._name).set(1)

@@ -103,15 +103,15 @@ class Poller:
 
     async def _fetch(self, pod: PollTarget) -> Progress | None:
         """One answer; None when there is none or it is not what it should be."""
-        address = ipaddress.ip_address(pod.ip)
-        host = f"[{address}]" if address.version == 6 else str(address)
         try:
+            address = ipaddress.ip_address(pod.ip)
+            host = f"[{address}]" if address.version == 6 else str(address)
             async with self._session.get(
                 f"http://{host}:{pod.port}{PATH}", allow_redirects=False
             ) as response:
                 raw = await _bounded(response.content) if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            # ValueError: aiohttp on a malformed answer.
+            # ValueError: no address, or aiohttp on a malformed answer.
             logger.debug("%s does not answer: %r", pod.pod, error)
             return None
         return Progress.parse(raw) if raw is not None else None

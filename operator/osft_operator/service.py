@@ -111,9 +111,8 @@ class Service:
         if not self._settings.leader_election:
             yield
             return
-        # A standby is ready: it is there for the case that the leader is not.
-        self._health.ready = True
-        await self._until(stop, self._leader.acquire())
+        await self._until(stop, self._leader.acquire(self._stand_by))
+        self._health.ready = False
         self._cluster.before_write = self._leader.check
         try:
             if not stop.is_set():
@@ -122,6 +121,10 @@ class Service:
         finally:
             await self._cancel(self._tasks)
             await self._leader.release()
+
+    def _stand_by(self) -> None:
+        """A standby is ready: it is there for the case that the leader is not."""
+        self._health.ready = True
 
     def _poller(self) -> Poller:
         def news(key: Key, milestone: bool) -> None:

@@ -7,24 +7,37 @@ sent. Must never be called by some ranks only: the others would wait.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from osft_trainer.outcome import Superseded
 from osft_trainer.parallel import World
+
+_PATIENCE = timedelta(hours=12)
+"""Long enough to tokenise any data. Not for ever: a node may vanish without closing connections."""
 
 _KINDS: tuple[type[Exception], ...] = (ValueError, Superseded, OSError)
 """Failures of the first rank that every rank raises; by index, which is what is sent."""
 
 
-def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on at least one rank."""
+def any_rank(flag: bool, world: World, patient: bool = False) -> bool:
+    """Whether the flag is set on at least one rank.
+
+    Args:
+        flag: of this rank.
+        world: this process's place.
+        patient: wait for hours, not minutes: ranks come here after work of very unequal length.
+    """
     if world.size == 1:
         return flag
     sent = torch.tensor([int(flag)], device=world.device)
-    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    group = _patient(dist.group.WORLD) if patient else None
+    dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=group)
     return bool(sent.item())
 
 
@@ -41,6 +54,7 @@ def from_first_rank(world: World, action: Callable[[], str]) -> str:
     """
     if world.size == 1:
         return action()
+    _patient(dist.group.WORLD)  # made before the action: making it has the world's short timeout
     if world.rank != 0:
         return _receive(world)
     try:
@@ -53,21 +67,34 @@ def from_first_rank(world: World, action: Callable[[], str]) -> str:
     return text
 
 
+@functools.cache
+def _patient(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """All ranks, as a group whose collectives wait for hours instead of minutes.
+
+    The first rank may tokenise for an hour while the others wait.
+    """
+    assert of is not None, "start_world() comes first"
+    group: dist.ProcessGroup = dist.new_group(timeout=_PATIENCE)
+    return group
+
+
 def _send(kind: int, text: str, world: World) -> None:
     raw = text.encode()
-    dist.broadcast(torch.tensor([kind, len(raw)], device=world.device), src=0)
+    _broadcast(torch.tensor([kind, len(raw)], device=world.device))
     if raw:
-        dist.broadcast(torch.tensor(list(raw), dtype=torch.uint8, device=world.device), src=0)
+        _broadcast(torch.tensor(list(raw), dtype=torch.uint8, device=world.device))
 
 
 def _receive(world: World) -> str:
-    head = torch.zeros(2, dtype=torch.int64, device=world.device)
-    dist.broadcast(head, src=0)
-    kind, length = (int(number) for number in head.tolist())
+    kind, length = _broadcast(torch.zeros(2, dtype=torch.int64, device=world.device)).tolist()
     raw = torch.zeros(length, dtype=torch.uint8, device=world.device)
-    if length:
-        dist.broadcast(raw, src=0)
-    text = bytes(raw.tolist()).decode()
+    text = bytes(_broadcast(raw).tolist()).decode() if length else ""
     if kind:
         raise _KINDS[kind - 1](text)
     return text
+
+
+def _broadcast(tensor: Tensor) -> Tensor:
+    """The first rank's values, put into the tensor of every rank."""
+    dist.broadcast(tensor, src=0, group=_patient(dist.group.WORLD))
+    return tensor

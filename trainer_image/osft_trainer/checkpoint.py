@@ -89,7 +89,7 @@ class Checkpoints:
             write_shard(work, self.world.rank, state.trainables, state.optimizer)
         except (OSError, SafetensorError) as error:
             failure = OSError(f"checkpoint {work}: {error}")
-        if any_rank(failure is not None, self.world):
+        if any_rank(failure is not None, self.world, patient=True):
             raise failure or OSError(f"checkpoint {work}: another rank could not write its rows")
 
     def load(self, state: State) -> Position | None:
@@ -103,7 +103,7 @@ class Checkpoints:
         names = from_first_rank(self.world, self._names)
         for name in reversed(names.split()):
             path = self.folder.checkpoints / name
-            if any_rank(not self._is_intact(path), self.world):
+            if any_rank(not self._is_intact(path), self.world, patient=True):
                 from_first_rank(self.world, partial(_set_aside, path))
                 continue
             return self._restore(path, state)

@@ -15,8 +15,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from osft_trainer import checkpoint, shards
-from osft_trainer.agreement import from_first_rank
+from osft_trainer.agreement import any_rank, from_first_rank
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
 from osft_trainer.export import base_digest
@@ -186,15 +188,26 @@ def start(
         die_at_sync: kills each of them when it forces its n-th file of states to disk.
         full_disk_of: rank that cannot write its rows of a state.
     """
+    return start_ranks(
+        _train_rank,
+        ranks,
+        [(parameters, die_at_sync, rank == full_disk_of) for rank in range(ranks)],
+    )
+
+
+def start_ranks(
+    function: Callable[..., None], ranks: int, arguments_of_rank: list[tuple[Any, ...]]
+) -> list[Any]:
+    """Start processes that find each other by the environment; the function is one of this file."""
+    _start_fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _start_fork_server()
     started = []
     for rank in range(ranks):
         process = _CONTEXT.Process(
             target=_rank_main,
-            args=(parameters, rank, ranks, port, die_at_sync, rank == full_disk_of),
+            args=(function, rank, ranks, port, arguments_of_rank[rank]),
             daemon=True,
         )
         process.start()
@@ -228,12 +241,7 @@ CODES: dict[type[Exception], int] = {
 
 
 def _rank_main(
-    parameters: TrainingParameters,
-    rank: int,
-    ranks: int,
-    port: int,
-    die_at_sync: int | None,
-    full_disk: bool,
+    function: Callable[..., None], rank: int, ranks: int, port: int, told: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -243,18 +251,47 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    try:
+        function(*told)
+    except tuple(CODES) as error:
+        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+        print(f"rank {rank}: {type(error).__name__}: {error}")
+        raise SystemExit(code) from error
+
+
+def _train_rank(parameters: TrainingParameters, die_at_sync: int | None, full_disk: bool) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if die_at_sync is not None:
         _die_at_sync(die_at_sync)
     if full_disk:
         pytest.MonkeyPatch().setattr(shards, "save_file", _no_space)
-    try:
-        run(parameters, stop)
-    except tuple(CODES) as error:
-        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
-        print(f"rank {rank}: {type(error).__name__}: {error}")
-        raise SystemExit(code) from error
+    run(parameters, stop)
+
+
+def agree(first_rank_does: Callable[[], str], timeout_seconds: float, expected: str) -> None:
+    """One rank of a world with a short timeout; ends well if all ranks got the expected text."""
+    world = start_world("cpu", timeout=timedelta(seconds=timeout_seconds))
+    assert from_first_rank(world, first_rank_does) == expected
+    assert any_rank(world.rank == 1, world)
+    assert not any_rank(False, world)
+    stop_world(world)
+
+
+def slow_words() -> str:
+    """Longer than the timeout that the test gives."""
+    time.sleep(4)
+    return "grüße"
+
+
+def bad_words() -> str:
+    """What every rank shall raise."""
+    raise ValueError("grüße")
+
+
+def lost_folder() -> str:
+    """What every rank shall raise."""
+    raise Superseded("attempt 2")
 
 
 def _no_space(*_: Any) -> None:

@@ -72,13 +72,6 @@ def test_a_list_removes_ghosts_and_keeps_what_came_after_it() -> None:
     assert len(list(cache.all(PODS))) == 2, "a list of one namespace emptied another"
 
 
-def test_a_kind_that_is_gone_takes_its_objects_along() -> None:
-    cache = Cache()
-    cache.put(PYTORCHJOBS, body("a", uid="a", job="job"))
-    assert cache.clear(PYTORCHJOBS) == {KEY}
-    assert list(cache.all(PYTORCHJOBS)) == []
-
-
 def test_only_what_is_read_is_kept() -> None:
     cache = Cache()
     cache.put(PODS, body("p", job="job", spec={"nodeName": "n1", "containers": [{"env": []}]}))

@@ -114,11 +114,6 @@ class Cache:
                 changed.add(self.remove(kind, body))
         return {key for key in changed if key is not None}
 
-    def clear(self, kind: Kind) -> set[Key]:
-        """Forget every object of a kind that no longer exists."""
-        removed = {self.remove(kind, body) for body in list(self.all(kind))}
-        return {key for key in removed if key is not None}
-
     def _unlink(self, kind: Kind, body: Object) -> None:
         key = _job(kind, body)
         if key is None:

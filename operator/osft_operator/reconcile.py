@@ -29,7 +29,6 @@ from osft_operator.cache import Cache
 from osft_operator.cluster import (
     CLAIMS,
     OSFTJOBS,
-    PODS,
     PYTORCHJOBS,
     AlreadyExists,
     Cluster,
@@ -39,13 +38,11 @@ from osft_operator.cluster import (
     Refused,
 )
 from osft_operator.decide import decide, refused
-from osft_operator.events import Recorder, newest_about
+from osft_operator.events import Recorder
 from osft_operator.merge_patch import merge_patch
-from osft_operator.names import attempt_name, claim_name
-from osft_operator.observed import Observed
+from osft_operator.observer import Observer
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
-from osft_operator.resolved import RenderSettings
 from osft_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,8 +53,6 @@ KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)
 """Actions whose result is put in the cache at once."""
 LOOK_AGAIN_SECONDS = 1.0
 """Wait after a name was found taken."""
-PODS_MISSING_SECONDS = 60.0
-"""A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
 
 
 class Reconciler:
@@ -75,13 +70,12 @@ class Reconciler:
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._render = RenderSettings.of(settings)
         self._write_seconds = settings.progress_write_seconds
         self._cluster = cluster
         self._cache = cache
         self._poller = poller
         self._recorder = recorder
-        self._serves = serves
+        self._observer = Observer(settings, cluster, cache, poller, serves)
         self._now = now
         self._clock = clock
         self._written: dict[Key, float] = {}
@@ -113,7 +107,7 @@ class Reconciler:
             self._forget(key)
             return None
         now = self._now()
-        decision = decide(await self._observe(key, job, now), now)
+        decision = decide(await self._observer.observe(key, job, now), now)
         try:
             for action in decision.actions:
                 await self._do(key, action)
@@ -129,52 +123,6 @@ class Reconciler:
         again = 0.0 if any(isinstance(action, KEPT) for action in decision.actions) else None
         waits = (decision.requeue_after, wait, again)
         return min((seconds for seconds in waits if seconds is not None), default=None)
-
-    async def _observe(self, key: Key, job: Object, now: datetime.datetime) -> Observed:
-        pytorch_jobs = self._pytorch_jobs(key, job)
-        pods = self._cache.children(PODS, key)
-        newest = ""
-        if pytorch_jobs and not pods:
-            youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
-            if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
-                uid = youngest["metadata"]["uid"]
-                newest = await newest_about(self._cluster, key.namespace, uid)
-        return Observed(
-            body=job,
-            settings=self._render,
-            pytorch_jobs=tuple(pytorch_jobs),
-            pods=tuple(pods),
-            claim=await self._claim(key, job, wanted=not pytorch_jobs and not _is_over(job)),
-            progress=self._poller.progress(key),
-            pytorch_job_kind_present=self._serves(PYTORCHJOBS),
-            newest_event=newest,
-        )
-
-    def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
-        """All that bear our label, and others' that have a name we would give."""
-        found = self._cache.children(PYTORCHJOBS, key)
-        seen = {body["metadata"]["name"] for body in found}
-        attempt = (job.get("status") or {}).get("attempt") or 1
-        for name in (attempt_name(key.name, attempt), attempt_name(key.name, attempt + 1)):
-            other = self._cache.get(PYTORCHJOBS, key.namespace, name)
-            if other is not None and name not in seen:
-                found.append(other)
-        return found
-
-    async def _claim(self, key: Key, job: Object, *, wanted: bool) -> Object | None:
-        """The claim for checkpoints: the one made for this name, or the one the user has."""
-        checkpoints = (job["spec"].get("storage") or {}).get("checkpoints") or {}
-        name = checkpoints.get("claimName")
-        if not name:
-            return self._cache.get(CLAIMS, key.namespace, claim_name(key.name))
-        # Users' claims bear no label of ours, so no watch tells of them.
-        found = self._cache.get(CLAIMS, key.namespace, name)
-        if found is not None or not wanted:
-            return found
-        try:
-            return await self._cluster.get(CLAIMS, key.namespace, name)
-        except NotFound:
-            return None
 
     async def _do(self, key: Key, action: Action) -> None:
         namespace = key.namespace
@@ -250,15 +198,6 @@ def _refusal(decision: Decision, job: Object, message: str, now: datetime.dateti
     is_news = bool(merge_patch(job.get("status") or {}, status))
     events = (Event("Warning", "Refused", message),) if is_news else ()
     return Decision(status, events=events, requeue_after=REFUSED_SECONDS)
-
-
-def _age_seconds(body: Object, now: datetime.datetime) -> float:
-    made = datetime.datetime.fromisoformat(body["metadata"]["creationTimestamp"])
-    return (now - made).total_seconds()
-
-
-def _is_over(job: Object) -> bool:
-    return (job.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def _log_phase(key: Key, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -52,7 +52,8 @@ class Resync:
         for kind in WATCHED:
             found = await self._list(kind)
             if found is None:
-                changed |= self._cache.clear(kind)
+                # Nothing is forgotten: a server that starts says 404 for what it has not loaded
+                # yet, and a job whose PyTorchJob seems to be gone would be started a second time.
                 continue
             present.add(kind)
             changed |= found

@@ -1,0 +1,101 @@
+"""Gathers what one pass over an OSFTJob has to know, from the cache and two small questions.
+
+Called by reconcile. The questions are for what no watch tells: a user's own claim, and the events
+about a PyTorchJob that gets no pods. Must never change anything, nor judge what it sees.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+from osft_operator.cache import Cache
+from osft_operator.cluster import CLAIMS, PODS, PYTORCHJOBS, Cluster, Kind, NotFound, Object
+from osft_operator.events import newest_about
+from osft_operator.names import attempt_name, claim_name
+from osft_operator.observed import Observed
+from osft_operator.polling import Poller
+from osft_operator.queue import Key
+from osft_operator.resolved import RenderSettings
+from osft_operator.settings import Settings
+
+PODS_MISSING_SECONDS = 60.0
+"""A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
+
+
+class Observer:
+    """Where a pass looks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        cache: Cache,
+        poller: Poller,
+        serves: Callable[[Kind], bool],
+    ) -> None:
+        self._render = RenderSettings.of(settings)
+        self._cluster = cluster
+        self._cache = cache
+        self._poller = poller
+        self._serves = serves
+
+    async def observe(self, key: Key, job: Object, now: datetime.datetime) -> Observed:
+        """One job with everything that belongs to it, or is in its way.
+
+        Raises:
+            ClusterError: when a user's claim could not be read.
+        """
+        pytorch_jobs = self._pytorch_jobs(key, job)
+        pods = self._cache.children(PODS, key)
+        newest = ""
+        if pytorch_jobs and not pods:
+            youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
+            if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
+                uid = youngest["metadata"]["uid"]
+                newest = await newest_about(self._cluster, key.namespace, uid)
+        return Observed(
+            body=job,
+            settings=self._render,
+            pytorch_jobs=tuple(pytorch_jobs),
+            pods=tuple(pods),
+            claim=await self._claim(key, job, wanted=not pytorch_jobs and not _is_over(job)),
+            progress=self._poller.progress(key),
+            pytorch_job_kind_present=self._serves(PYTORCHJOBS),
+            newest_event=newest,
+        )
+
+    def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
+        """All that bear our label, and others' that have a name we would give."""
+        found = self._cache.children(PYTORCHJOBS, key)
+        seen = {body["metadata"]["name"] for body in found}
+        attempt = (job.get("status") or {}).get("attempt") or 1
+        for name in (attempt_name(key.name, attempt), attempt_name(key.name, attempt + 1)):
+            other = self._cache.get(PYTORCHJOBS, key.namespace, name)
+            if other is not None and name not in seen:
+                found.append(other)
+        return found
+
+    async def _claim(self, key: Key, job: Object, *, wanted: bool) -> Object | None:
+        """The claim for checkpoints: the one made for this name, or the one the user has."""
+        checkpoints = (job["spec"].get("storage") or {}).get("checkpoints") or {}
+        name = checkpoints.get("claimName")
+        if not name:
+            return self._cache.get(CLAIMS, key.namespace, claim_name(key.name))
+        # Users' claims bear no label of ours, so no watch tells of them.
+        found = self._cache.get(CLAIMS, key.namespace, name)
+        if found is not None or not wanted:
+            return found
+        try:
+            return await self._cluster.get(CLAIMS, key.namespace, name)
+        except NotFound:
+            return None
+
+
+def _age_seconds(body: Object, now: datetime.datetime) -> float:
+    made = datetime.datetime.fromisoformat(body["metadata"]["creationTimestamp"])
+    return (now - made).total_seconds()
+
+
+def _is_over(job: Object) -> bool:
+    return (job.get("status") or {}).get("phase") in ("Succeeded", "Failed")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from osft_operator.cache import Cache
-from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS
+from osft_operator.cluster import KindMissing, Listing
+from osft_operator.kinds import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Kind
 from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
+from osft_operator.resync import Resync
 
 KEY = Key("n", "job")
 
@@ -78,3 +81,19 @@ def test_only_what_is_read_is_kept() -> None:
     (pod,) = cache.children(PODS, KEY)
     assert pod["spec"] == {"nodeName": "n1"}
     assert "managedFields" not in pod["metadata"]
+
+
+class NoSuchKind:
+    """A server that does not know a kind, or has not loaded it yet."""
+
+    async def list_all(self, kind: Kind, *_: object, **__: object) -> Listing:
+        raise KindMissing("404 page not found")
+
+
+def test_a_kind_that_seems_missing_takes_no_object_along() -> None:
+    cache = Cache()
+    cache.put(PYTORCHJOBS, body("a", uid="a", job="job"))
+    resync = Resync(NoSuchKind(), cache, [])  # type: ignore[arg-type]
+    assert asyncio.run(resync.run()) == set()
+    assert PYTORCHJOBS not in resync.present
+    assert len(cache.children(PYTORCHJOBS, KEY)) == 1

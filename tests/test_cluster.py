@@ -12,20 +12,16 @@ from kubernetes import client
 from cluster.control_plane import ControlPlane
 from osft_operator import cluster as cluster_module
 from osft_operator.cluster import (
-    CLAIMS,
-    EVENTS,
-    PYTORCHJOBS,
     AlreadyExists,
     Cluster,
     Conflict,
     Forbidden,
-    Kind,
     KindMissing,
     NotFound,
-    Object,
     Refused,
     Unavailable,
 )
+from osft_operator.kinds import CLAIMS, EVENTS, PYTORCHJOBS, Kind, Object
 
 pytestmark = pytest.mark.cluster
 

@@ -14,9 +14,10 @@ from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import pytorchjob_crd
 from osft_operator.cache import WATCHED, Cache
-from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Cluster
+from osft_operator.cluster import Cluster
 from osft_operator.handlers import kopf_settings
 from osft_operator.informer import Informer
+from osft_operator.kinds import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS
 from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
 from osft_operator.settings import Settings

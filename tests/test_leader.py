@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from cluster.control_plane import ControlPlane
-from osft_operator.cluster import LEASES, Cluster
+from osft_operator.cluster import Cluster
+from osft_operator.kinds import LEASES
 from osft_operator.leader import Leader, LeaseLost
 from osft_operator.settings import Settings
 

@@ -12,8 +12,9 @@ import job_samples
 from cluster.control_plane import ControlPlane
 from osft_operator.actions import Event, PollTarget
 from osft_operator.cache import Cache
-from osft_operator.cluster import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Cluster, Conflict, Kind
+from osft_operator.cluster import Cluster, Conflict
 from osft_operator.events import Recorder
+from osft_operator.kinds import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Kind
 from osft_operator.merge_patch import merge_patch
 from osft_operator.queue import Key
 from osft_operator.reconcile import Reconciler

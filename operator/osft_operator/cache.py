@@ -11,7 +11,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from osft_operator.cluster import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Kind, Object
+from osft_operator.kinds import (
+    CLAIMS,
+    OSFTJOBS,
+    PODS,
+    PYTORCHJOBS,
+    Kind,
+    Object,
+)
 from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
 

@@ -16,13 +16,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import quote, urlencode
+from typing import Literal
+from urllib.parse import urlencode
 
 import urllib3
 from kubernetes import client, config
 
-from osft_operator import metrics, names
+from osft_operator import metrics
+from osft_operator.kinds import LEASES, Kind, Object
 
 PAGE_SIZE = 500
 """Objects in one page of a list; the API server's memory is the limit, not ours."""
@@ -30,45 +31,6 @@ FIELD_MANAGER = "osft-operator"
 """Name of this writer in managedFields."""
 MAX_MESSAGE = 1024
 """Longest part of the server's words that is kept."""
-
-Object = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A resource of the API server."""
-
-    group: str
-    version: str
-    plural: str
-    kind: str
-
-    @property
-    def api_version(self) -> str:
-        """As written in a manifest."""
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    @property
-    def root(self) -> str:
-        """Path of the group and version."""
-        return f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-
-    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
-        """Path of a collection, an object or a subresource."""
-        parts = [self.root]
-        parts += ["namespaces", quote(namespace, safe="")] if namespace else []
-        parts += [self.plural]
-        parts += [quote(name, safe="")] if name else []
-        parts += [sub] if sub else []
-        return "/".join(parts)
-
-
-OSFTJOBS = Kind(names.GROUP, names.VERSION, names.PLURAL, names.KIND)
-PYTORCHJOBS = Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob")
-PODS = Kind("", "v1", "pods", "Pod")
-CLAIMS = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
-EVENTS = Kind("", "v1", "events", "Event")
-LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease")
 
 
 class ClusterError(Exception):

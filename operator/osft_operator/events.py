@@ -14,14 +14,8 @@ import logging
 from collections import OrderedDict
 
 from osft_operator.actions import Event
-from osft_operator.cluster import (
-    EVENTS,
-    AlreadyExists,
-    Cluster,
-    ClusterError,
-    NotFound,
-    Object,
-)
+from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
+from osft_operator.kinds import EVENTS, Object
 
 logger = logging.getLogger(__name__)
 

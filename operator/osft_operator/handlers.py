@@ -20,7 +20,8 @@ import kopf
 
 from osft_operator import names
 from osft_operator.cache import selector
-from osft_operator.cluster import PAGE_SIZE, Kind, Object
+from osft_operator.cluster import PAGE_SIZE
+from osft_operator.kinds import Kind, Object
 from osft_operator.settings import Settings
 
 PREFIX = names.GROUP

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache
-from osft_operator.cluster import Cluster, ClusterError, Kind, Object
+from osft_operator.cluster import Cluster, ClusterError
 from osft_operator.handlers import Watches
+from osft_operator.kinds import Kind, Object
 from osft_operator.queue import Key
 from osft_operator.resync import Resync
 from osft_operator.settings import Settings

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 
 from osft_operator import metrics
-from osft_operator.cluster import LEASES, Cluster, Conflict, NotFound, Object, Unavailable
+from osft_operator.cluster import Cluster, Conflict, NotFound, Unavailable
+from osft_operator.kinds import LEASES, Object
 from osft_operator.settings import Settings
 
 logger = logging.getLogger(__name__)

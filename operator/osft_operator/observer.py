@@ -10,8 +10,9 @@ import datetime
 from collections.abc import Callable
 
 from osft_operator.cache import Cache
-from osft_operator.cluster import CLAIMS, PODS, PYTORCHJOBS, Cluster, Kind, NotFound, Object
+from osft_operator.cluster import Cluster, NotFound
 from osft_operator.events import newest_about
+from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import attempt_name, claim_name
 from osft_operator.observed import Observed
 from osft_operator.polling import Poller

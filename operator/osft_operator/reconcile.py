@@ -26,19 +26,10 @@ from osft_operator.actions import (
     SuspendPyTorchJob,
 )
 from osft_operator.cache import Cache
-from osft_operator.cluster import (
-    CLAIMS,
-    OSFTJOBS,
-    PYTORCHJOBS,
-    AlreadyExists,
-    Cluster,
-    Kind,
-    NotFound,
-    Object,
-    Refused,
-)
+from osft_operator.cluster import AlreadyExists, Cluster, NotFound, Refused
 from osft_operator.decide import decide, refused
 from osft_operator.events import Recorder
+from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
 from osft_operator.merge_patch import merge_patch
 from osft_operator.observer import Observer
 from osft_operator.polling import Poller

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, selector
-from osft_operator.cluster import Cluster, Kind, KindMissing
+from osft_operator.cluster import Cluster, KindMissing
+from osft_operator.kinds import Kind
 from osft_operator.queue import Key
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ from typing import Any
 
 from osft_operator import metrics, probes
 from osft_operator.cache import Cache
-from osft_operator.cluster import OSFTJOBS, Cluster, ClusterError, Conflict, Unavailable
+from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
 from osft_operator.events import Recorder
 from osft_operator.informer import Informer
+from osft_operator.kinds import OSFTJOBS
 from osft_operator.leader import Leader, LeaseLost
 from osft_operator.polling import Poller
 from osft_operator.queue import Key, WorkQueue

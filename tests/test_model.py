@@ -180,6 +180,7 @@ def test_every_family_takes_a_step(family: str, parameterization: str) -> None:
     assert model.leak() < 1e-5
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_activation_checkpointing_changes_no_gradient() -> None:
     plain, saving = converted("llama", 0.3), converted("llama", 0.3)
     enable_activation_checkpointing(saving.hf)

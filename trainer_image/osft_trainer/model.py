@@ -168,7 +168,11 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         raise ValueError(
             f"activation checkpointing: {type(model).__name__} does not support it; switch it off"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        # Its name in older versions of transformers; newer ones warn about it.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def decompose_weight(plan: Plan) -> Decompose:

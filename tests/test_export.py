@@ -92,6 +92,12 @@ def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_a_known_digest_is_taken(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    export_hf(_trained(base), base, tmp_path / "out", ALONE, digest="known")
+    assert json.loads((tmp_path / "out" / "osft.json").read_text())["base_digest"] == "known"
+
+
 def test_save_dtype_is_noted(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     export_hf(_trained(base), base, tmp_path / "out", ALONE, save_dtype=torch.bfloat16)

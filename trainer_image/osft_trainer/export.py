@@ -45,6 +45,7 @@ def export_hf(
     save_dtype: torch.dtype | None = None,
     extra: Mapping[str, object] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    digest: str | None = None,
 ) -> None:
     """Write W + dW as a folder that plain transformers loads. Collective: call it on every rank.
 
@@ -59,6 +60,7 @@ def export_hf(
         save_dtype: of all floating-point weights; None takes the base configuration's.
         extra: more entries for osft.json.
         max_shard_bytes: size at which a new weight file is begun.
+        digest: `base_digest` of the base folder where it is known; None reads the folder for it.
 
     Raises:
         OSError: on every rank, if rank 0 cannot write.
@@ -85,7 +87,8 @@ def export_hf(
         try:
             writer.close()
             _copy_base_files(base, temporary, save_dtype)
-            _write_json(temporary / OSFT_FILE, _description(model, base, leak, dtype, extra))
+            facts = {"base_digest": digest or base_digest(base), **(extra or {})}
+            _write_json(temporary / OSFT_FILE, _description(model, leak, dtype) | facts)
             _put_in_place(temporary, out)
         except OSError as error:
             failure = error
@@ -224,23 +227,15 @@ def _group_of(name: str, prefix: str) -> str:
     return f"{prefix}.{name.removeprefix(f'{prefix}.').split('.')[0]}"
 
 
-def _description(
-    model: OSFTModel,
-    base: Path,
-    leak: float,
-    dtype: torch.dtype,
-    extra: Mapping[str, object] | None,
-) -> dict[str, object]:
+def _description(model: OSFTModel, leak: float, dtype: torch.dtype) -> dict[str, object]:
     plan = model.plan
     return {
-        "base_digest": base_digest(base),
         "unfreeze_rank_ratio": plan.unfreeze_rank_ratio,
         "parameterization": plan.parameterization,
         "other_parameters": plan.other_parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "leak": leak,
         "ranks": {t.name: {"kept": t.kept_rank, "free": t.free_rank} for t in plan.targets},
-        **(extra or {}),
     }
 
 

@@ -212,7 +212,15 @@ class _Run:
             "loss": position.loss,
             "loss_tokens": position.loss_tokens,
         }
-        export_hf(model, training.model_path, out, self.world, dtype, facts)
+        export_hf(
+            model,
+            training.model_path,
+            out,
+            self.world,
+            dtype,
+            facts,
+            digest=self.claim.base_digest,
+        )
         from_first_rank(self.world, lambda: mark_complete(out))
         self.say("wrote the model after step %d to %s", position.step, out)
 

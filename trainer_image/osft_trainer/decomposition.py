@@ -74,7 +74,8 @@ def prepare(
         problem = None
         for position in shares[world.rank]:
             problem = problem or _compute(model, found, plan.targets[missing[position]], world)
-        if any_rank(problem is not None, world):
+        # A rank may have a single matrix that takes an hour while the others are through.
+        if any_rank(problem is not None, world, patient=True):
             raise ValueError(problem or "model_path: another rank found a weight that is no number")
     barrier(world)
     from_first_rank(world, lambda: _mark_complete(found.folder))

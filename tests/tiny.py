@@ -198,7 +198,7 @@ def start(
 def start_ranks(
     function: Callable[..., None], ranks: int, arguments_of_rank: list[tuple[Any, ...]]
 ) -> list[Any]:
-    """Start processes that find each other by the environment; a test file may hold the function."""
+    """Start processes that find each other by the environment. A test may bring the function."""
     _start_fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

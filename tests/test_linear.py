@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
+from osft_trainer.projection import project_gradients, project_values, refresh
 from osft_trainer.subspace import split_weight
 
 SHAPES = {"square": (6, 6), "tall": (9, 5), "wide": (5, 9)}
@@ -32,8 +33,8 @@ def _move(subspace: SubspaceWeight) -> None:
     with torch.no_grad():
         for factor in _factors(subspace):
             factor.add_(torch.randn_like(factor), alpha=0.3)
-    subspace.project_values()
-    subspace.refresh()
+    project_values([subspace])
+    refresh([subspace])
 
 
 def _effective_by_autograd(subspace: SubspaceWeight) -> Tensor:
@@ -107,10 +108,10 @@ def test_updates_stay_out_of_the_kept_directions(
     for _ in range(30):
         optimizer.zero_grad()
         (subspace.weight() - 1.0).pow(2).sum().backward()
-        subspace.project_gradients()
+        project_gradients([subspace])
         optimizer.step()
-        subspace.project_values()
-        subspace.refresh()
+        project_values([subspace])
+        refresh([subspace])
     left, _, right = torch.linalg.svd(subspace.base.double(), full_matrices=False)
     kept = min(SHAPES[shape]) - 2
     delta = subspace.dense().double() - subspace.base.double()
@@ -127,7 +128,7 @@ def test_leak_sees_a_value_that_was_not_projected(shape: str) -> None:
     with torch.no_grad():
         subspace.factor.normal_()
     assert subspace.leak() > 0.1
-    subspace.project_values()
+    project_values([subspace])
     assert subspace.leak() < 1e-12
 
 
@@ -136,14 +137,14 @@ def test_projected_gradient_is_the_nearest_allowed_one(shape: str) -> None:
     subspace = _subspace("exact", SHAPES[shape])
     subspace.factor.grad = torch.randn_like(subspace.factor)
     raw = subspace.factor.grad.clone()
-    subspace.project_gradients()
+    project_gradients([subspace])
     projected = subspace.factor.grad
     assert projected.norm() < raw.norm()
     assert torch.allclose(
         (raw - projected).flatten() @ projected.flatten(), torch.zeros(1).double()
     )
     again = projected.clone()
-    subspace.project_gradients()
+    project_gradients([subspace])
     assert torch.allclose(subspace.factor.grad, again)
 
 
@@ -166,7 +167,7 @@ def test_exact_spans_every_allowed_update() -> None:
 def test_step_zero_is_the_base_bit_for_bit(parameterization: str) -> None:
     subspace = _subspace(parameterization, (9, 5), dtype=torch.bfloat16)
     assert torch.equal(subspace.effective, subspace.base)
-    subspace.refresh()
+    refresh([subspace])
     assert torch.equal(subspace.effective, subspace.base)
     assert {factor.dtype for factor in _factors(subspace)} == {torch.float32}
 
@@ -178,7 +179,7 @@ def test_weight_decay_shrinks_the_update_and_not_the_base() -> None:
     optimizer = torch.optim.AdamW(_factors(subspace), lr=0.1, weight_decay=0.5)
     subspace.factor.grad = torch.zeros_like(subspace.factor)
     optimizer.step()
-    subspace.refresh()
+    refresh([subspace])
     assert torch.allclose(subspace.dense() - subspace.base, before * 0.95)
 
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import OSFTModel
@@ -200,13 +200,13 @@ def _whole_tensors(model: OSFTModel) -> Iterator[tuple[str, Tensor]]:
             yield _original_name(path), module.dense()
             continue
         if isinstance(module, MasterParameter):
-            yield _original_name(path), _full(module.value)
+            yield _original_name(path), full(module.value)
             continue
         own = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
         for name, tensor in own:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield f"{path}.{name}" if path else name, _full(tensor)
+                yield f"{path}.{name}" if path else name, full(tensor)
 
 
 def _original_name(path: str) -> str:
@@ -298,7 +298,3 @@ def _agree(failure: OSError | None, world: World, out: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,9 @@
 """One weight matrix whose update stays inside the free subspace.
 
 What lives here: `SubspaceWeight` (the tensors of one target and the algebra on them) and
-`SubspaceLinear` (the module that stands in for `nn.Linear` and `Conv1D`). Called by `model` and
-`experts`; sharded by `parallel`. Must never: choose targets, decompose, or start a process group.
+`SubspaceLinear` (the module that stands in for `nn.Linear` and `Conv1D`). Called by `model`,
+`experts` and `projection`; sharded by `parallel`. Must never: choose targets, decompose, or start a
+process group.
 
 Allowed updates of W = U_h S_h V_h + U_0 S_0 V_0 are the dW with U_h^T dW = 0 and dW V_h^T = 0. This
 set is linear and is parameterised with W untouched and trainable factors that start at dW = 0:
@@ -19,19 +20,19 @@ Trainables and bases are float32: bases in bfloat16 would leak 2^-9 of every upd
 part.
 
 Sharded (FSDP2): parameters are DTensors outside forward, rows split over the ranks; `base` and the
-kept bases are DTensor buffers which FSDP does not gather. Methods below then work on local rows.
+kept bases are DTensor buffers which FSDP does not gather. `refresh` then works on local rows.
 Expert tensors are split over experts, so that nothing has to be exchanged for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from osft_trainer.exchange import full, full_all, local
 from osft_trainer.gradients import FactoredProduct, FactoredWeight, UpdateProduct, UpdateWeight
 from osft_trainer.subspace import Split
 
@@ -98,29 +99,37 @@ class SubspaceWeight(nn.Module):
             )
         return cast(Tensor, w)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Remove from the gradients what would move kept directions; before clipping."""
-        for factor, side in self._projected():
-            if factor.grad is not None:
-                self._project(factor.grad, side)
+    def projected(self) -> list[tuple[nn.Parameter, str, Tensor]]:
+        """The factors that need projection, each with the side it touches and its kept basis."""
+        if self.form == "tall":
+            return [(self.factor, "rows", _present(self.kept_rows))]
+        if self.form == "wide":
+            return [(self.factor, "cols", _present(self.kept_cols))]
+        if self.form == "factored":
+            return [
+                (self.left, "rows", _present(self.kept_rows)),
+                (self.right, "cols", _present(self.kept_cols)),
+            ]
+        return []
+
+    def far_parts(self) -> list[Tensor]:
+        """What multiplies from the right in dW: of a matrix, every row of dW needs all of it."""
+        if self.form == "factored":
+            cols = _present(self.free_cols)
+            return [self.values, self.right, _present(self.free_values), cols]
+        parts: list[Tensor] = [] if self.free_rows is None else [self.factor]
+        return parts if self.free_cols is None else [*parts, self.free_cols]
 
     @torch.no_grad()
-    def project_values(self) -> None:
-        """The same for the values, because Adam's element-wise steps leave the subspace."""
-        for factor, side in self._projected():
-            self._project(factor.data, side)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Form W + dW again, in place; after the values changed."""
-        base = _local(self.base)
-        _local(self.effective.data).copy_(base + self._delta(whole=False))
+    def refresh(self, far: Sequence[Tensor]) -> None:
+        """Form W + dW again, in place; `far` are `far_parts`, whole or of this rank's experts."""
+        delta = self._delta([local(part) for part in self._near_parts()], far)
+        local(self.effective.data).copy_(local(self.base) + delta)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """W + dW with all rows, in the trainables' dtype. Collective when sharded."""
-        return _full(self.base) + self._delta(whole=True)
+        return full(self.base) + self._whole_delta()
 
     @torch.no_grad()
     def leak(self) -> float:
@@ -129,69 +138,44 @@ class SubspaceWeight(nn.Module):
         max(|U_h^T dW|, |dW V_h^T|) / |dW| (Frobenius). Where a kept basis is not stored, the kept
         part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. Collective when sharded.
         """
-        delta = self._delta(whole=True, dtype=torch.float64)
+        delta = self._whole_delta(torch.float64)
         total = delta.norm()
         if self.form == "dense" or total == 0:
             return 0.0
         if self.kept_rows is not None:
-            rows = _full(self.kept_rows).double().mT @ delta
+            rows = full(self.kept_rows).double().mT @ delta
         else:
-            free = _full(_present(self.free_rows)).double()
+            free = full(_present(self.free_rows)).double()
             rows = delta - free @ (free.mT @ delta)
         if self.kept_cols is not None:
-            cols = delta @ _full(self.kept_cols).double().mT
+            cols = delta @ full(self.kept_cols).double().mT
         else:
-            free = _full(_present(self.free_cols)).double()
+            free = full(_present(self.free_cols)).double()
             cols = delta - (delta @ free.mT) @ free
         return float(torch.maximum(rows.norm(), cols.norm()) / total)
 
-    def _projected(self) -> list[tuple[nn.Parameter, str]]:
-        """The factors that need projection, each with the side it touches."""
-        if self.form == "tall":
-            return [(self.factor, "rows")]
-        if self.form == "wide":
-            return [(self.factor, "cols")]
+    def _near_parts(self) -> list[Tensor]:
+        """What multiplies from the left in dW: every row of dW needs the same row of it."""
         if self.form == "factored":
-            return [(self.left, "rows"), (self.right, "cols")]
-        return []
+            return [self.left, _present(self.free_rows)]
+        return [self.factor if self.free_rows is None else self.free_rows]
 
-    def _project(self, values: Tensor, side: str) -> None:
-        """Subtract U_h (U_h^T values) for rows, (values V_h^T) V_h for cols; in place."""
-        local = _local(values)
-        if side == "rows":
-            kept = _local(_present(self.kept_rows))
-            coefficients = kept.mT @ local
-            if isinstance(values, DTensor) and not self.batched:
-                # Every rank holds some rows of both: the products are partial sums.
-                dist.all_reduce(coefficients, group=values.device_mesh.get_group())
-            local.sub_(kept @ coefficients)
-        else:
-            kept = self._far(_present(self.kept_cols))
-            local.sub_((local @ kept.mT) @ kept)
+    def _whole_delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All of dW, in the trainables' dtype unless given. Collective when sharded."""
+        near, far = self._near_parts(), self.far_parts()
+        whole = [part.to(dtype or part.dtype) for part in full_all([*near, *far])]
+        return self._delta(whole[: len(near)], whole[len(near) :])
 
-    def _delta(self, whole: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """dW, all of it or this rank's rows (experts); in the trainables' dtype unless given."""
-
-        def near(part: Tensor) -> Tensor:
-            return (_full(part) if whole else _local(part)).to(dtype or part.dtype)
-
-        def far(part: Tensor) -> Tensor:
-            return (_full(part) if whole else self._far(part)).to(dtype or part.dtype)
-
+    def _delta(self, near: Sequence[Tensor], far: Sequence[Tensor]) -> Tensor:
+        """The rows (experts) of dW whose `near` is given."""
         if self.form == "factored":
-            trained = (near(self.left) * far(self.values)[..., None, :]) @ far(self.right)
-            rows, cols = _present(self.free_rows), _present(self.free_cols)
-            start = (near(rows) * far(_present(self.free_values))[..., None, :]) @ far(cols)
-            return trained - start
-        if self.free_rows is None:
-            delta = near(self.factor)
-        else:
-            delta = near(self.free_rows) @ far(self.factor)
-        return delta if self.free_cols is None else delta @ far(self.free_cols)
-
-    def _far(self, part: Tensor) -> Tensor:
-        """What multiplies from the right: all of it, or only this rank's experts."""
-        return _local(part) if self.batched else _full(part)
+            values, right, start_values, start_right = far
+            trained = (near[0] * values[..., None, :]) @ right
+            return trained - (near[1] * start_values[..., None, :]) @ start_right
+        delta = near[0]
+        for part in far:
+            delta = delta @ part
+        return delta
 
 
 class SubspaceLinear(nn.Module):
@@ -242,11 +226,3 @@ def _frozen(part: Tensor | None) -> nn.Parameter | None:
 def _present(part: Tensor | None) -> Tensor:
     assert part is not None, "the decomposition left out a part that this form needs"
     return part
-
-
-def _local(part: Tensor) -> Tensor:
-    return part.to_local() if isinstance(part, DTensor) else part
-
-
-def _full(part: Tensor) -> Tensor:
-    return part.full_tensor() if isinstance(part, DTensor) else part

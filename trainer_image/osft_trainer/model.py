@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from osft_trainer import projection
 from osft_trainer.experts import MasterParameter, replace_parameter
 from osft_trainer.forward import packed_loss
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
@@ -60,14 +61,16 @@ class OSFTModel(nn.Module):
 
     def project_gradients(self) -> None:
         """Remove kept directions from the gradients. After the last backward, before clipping."""
-        for _, subspace in self.subspaces():
-            subspace.project_gradients()
+        projection.project_gradients([subspace for _, subspace in self.subspaces()])
 
     def finish_step(self) -> None:
         """Project values and form the effective weights. After every change of the trainables."""
-        for _, subspace in self.subspaces():
-            subspace.project_values()
-            subspace.refresh()
+        projection.project_values([subspace for _, subspace in self.subspaces()])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Form the effective weights. Enough where the values are projected already."""
+        projection.refresh([subspace for _, subspace in self.subspaces()])
 
     def leak(self) -> float:
         """Largest relative leak into kept directions of all targets; collective when sharded."""

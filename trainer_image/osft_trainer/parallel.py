@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from osft_trainer.exchange import local
 from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import OSFTModel
 from osft_trainer.targets import decoder_blocks
@@ -126,7 +127,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, world: World) 
     Returns the norm before clipping. When it is NaN or infinite nothing is scaled: the caller
     must not step.
     """
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for part in torch._foreach_norm(gradients) if gradients else ():
         total += part.double() ** 2
@@ -158,12 +159,12 @@ def _shard_buffers(subspace: SubspaceWeight, mesh: DeviceMesh) -> None:
         chunks = whole.chunk(size, dim=0)
         rows = chunks[rank] if rank < len(chunks) else whole[:0]
         # A slice would keep the whole tensor alive.
-        local = rows.to(mesh.device_type, copy=True).contiguous()
+        mine = rows.to(mesh.device_type, copy=True).contiguous()
         setattr(
             subspace,
             name,
             DTensor.from_local(
-                local,
+                mine,
                 mesh,
                 [Shard(0)],
                 run_check=False,
@@ -171,7 +172,3 @@ def _shard_buffers(subspace: SubspaceWeight, mesh: DeviceMesh) -> None:
                 stride=whole.contiguous().stride(),
             ),
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -154,8 +154,7 @@ class _Run:
         if position is None:
             return Position()
         # Saved values are projected already: doing it again would change their last bits.
-        for _, subspace in model.subspaces():
-            subspace.refresh()
+        model.refresh()
         path = self.folder.checkpoint(position.step)
         self.say("resumed after step %d from %s", position.step, path)
         self.reporter.update(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import operator_process
-from cluster.fixtures import Cluster
 import osftjobs
+from cluster.fixtures import Cluster
 from osftjobs import Jobs
 
 SYSTEM = "osft-system"

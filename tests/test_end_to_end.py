@@ -28,6 +28,7 @@ def test_apply_trains_on_two_nodes_of_two_processes(jobs: Jobs, tmp_path: Path) 
     assert "osftjob.osft.dev/two-by-two created" in jobs.apply(job)
     jobs.wait_phase("two-by-two", "Running", "Succeeded")
     assert "step 1 of 200" in _log_when(jobs, "two-by-two-master-0", "step 1 of 200")
+    print(jobs.kubectl("get", "osftjobs"))
     jobs.wait_phase("two-by-two", "Succeeded", timeout_seconds=400)
     waited = jobs.kubectl("wait", "--for=condition=Complete", "osftjob/two-by-two")
     assert "condition met" in waited
@@ -35,11 +36,12 @@ def test_apply_trains_on_two_nodes_of_two_processes(jobs: Jobs, tmp_path: Path) 
     table = jobs.kubectl("get", "osftjobs").splitlines()
     assert " ".join(table[0].split()) == "NAME PHASE PROGRESS LOSS ETA NODES RESTARTS AGE"
     assert table[1].split()[:4] == ["two-by-two", "Succeeded", "100%", "200/200"]
-    wide = jobs.kubectl("get", "osft", "-o", "wide").splitlines()
-    assert "/models/skills" in wide[1]
+    wide = jobs.kubectl("get", "osft", "-o", "wide")
+    assert "/models/skills" in wide
     described = jobs.kubectl("describe", "osftjob", "two-by-two")
     for words in ("PyTorchJobCreated", "Phase:", "Succeeded", "World Size:", "/checkpoints/two-by"):
         assert words in described, described
+    print("\n".join([*table, wide, described]))
     logs = jobs.kubectl("logs", "two-by-two-master-0")
     assert "wrote the model after step 200" in logs
 

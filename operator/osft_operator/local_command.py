@@ -21,7 +21,7 @@ from osft_operator import process_tree
 TERMINATION_LOG = "/dev/termination-log"
 """Kubernetes' default for a container's `terminationMessagePath`."""
 
-INHERITED = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TZ")
+INHERITED = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TZ")
 """What a pod's processes take from the caller's environment: no token, no proxy, no PYTHONPATH."""
 
 _HOST_VARIABLES = ("MASTER_ADDR", "PET_MASTER_ADDR")

@@ -77,7 +77,7 @@ def _words(status: Object) -> str:
         parts.append(f"loss {progress['loss']}")
     if "tokensPerSecond" in progress:
         parts.append(f"{progress['tokensPerSecond']} tokens/s")
-    if progress.get("eta"):
+    if progress.get("eta") and status.get("phase") != "Succeeded":
         parts.append(f"{progress['eta']} left")
     return "  ".join(part for part in parts if part)
 

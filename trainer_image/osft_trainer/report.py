@@ -275,8 +275,9 @@ def write_termination(message: Termination, environ: dict[str, str] | os._Enviro
 
 def summary(progress: Progress) -> str:
     """The progress in a few words for people: `42% 840/2000`, or `step 840` without an end."""
-    if progress.total_steps:
-        return f"{percentage(progress)}% {progress.step}/{progress.total_steps}"
+    total = progress.total_steps or (progress.step if progress.final is not None else 0)
+    if total:
+        return f"{percentage(progress)}% {progress.step}/{total}"
     return f"step {progress.step}"
 
 

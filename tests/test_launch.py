@@ -226,6 +226,23 @@ def test_a_finished_run_starts_no_rank(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("seen-*"))
 
 
+def test_a_run_that_was_done_when_the_signal_came_is_done(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {0: "is done when asked", 1: "is done when asked"})
+    launcher.wait_for("waiting-0", "waiting-1")
+    launcher.terminate()
+    assert launcher.wait() == ExitCode.DONE
+    assert launcher.words.reason == "Done"
+
+
+def test_a_folder_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
+    """Through the launcher, whose own look into the folder fails before any rank starts."""
+    (tmp_path / "file").touch()
+    argv = tiny.argv(tmp_path, tmp_path, tmp_path / "file" / "run")
+    launcher = Launcher(tmp_path, {}, argv=argv, program=RANK_PROGRAM)
+    assert launcher.wait() == ExitCode.BAD_INPUT
+    assert "cannot write in" in launcher.words.message
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     tiny.data_file(tmp_path / "data.jsonl")

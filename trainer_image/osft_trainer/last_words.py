@@ -135,8 +135,13 @@ def leave(words: LastWords, environ: Mapping[str, str], progress: Progress | Non
 
 
 def progress_of(arguments: TrainerArguments) -> Progress | None:
-    """The progress in the run folder, if it is this run's."""
-    found = read_document(RunFolder(Path(arguments.training.ckpt_output_dir)).progress, Progress)
+    """The progress in the run folder, if it can be read and is this run's."""
+    path = RunFolder(Path(arguments.training.ckpt_output_dir)).progress
+    try:
+        found = read_document(path, Progress)
+    except OSError:
+        # Often the folder is the failure that the last words are about: they come first.
+        return None
     return found if found is not None and arguments.run.run_id in (None, found.run_id) else None
 
 

@@ -91,6 +91,15 @@ def _launch(arguments: TrainerArguments, topology: Topology, program: Sequence[s
 
 def already_over(arguments: TrainerArguments) -> LastWords | None:
     """How this very run ended, if it has: found in its folder, before a GPU is touched."""
+    try:
+        return _found_in_folder(arguments)
+    except OSError as error:
+        # The ranks look closer, and say what is wrong with the folder and what to do.
+        logger.warning("ckpt_output_dir cannot be read: %s", error)
+        return None
+
+
+def _found_in_folder(arguments: TrainerArguments) -> LastWords | None:
     folder = RunFolder(Path(arguments.training.ckpt_output_dir))
     verdict = standing_verdict(folder, arguments.run)
     if verdict is not None:
@@ -153,6 +162,9 @@ def _after_stop(arguments: TrainerArguments, reports: Path, patience_is_over: bo
             return words
     if left and left[-1].exit_code == ExitCode.PREEMPTED:
         return left[-1]
+    if left:
+        # Ranks wait for each other at the end: one that is done says that the run is.
+        return min(left, key=lambda words: words.rank)
     if patience_is_over:
         text = f"the ranks had not saved after {os.environ[PATIENCE_ENV]} s: raise {PATIENCE_ENV}"
         return last_words.of_code(ExitCode.TRY_AGAIN, "TryAgain", text)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import tiny
@@ -118,6 +119,17 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
         broken.get_parameter(name)[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"model_path: {name}: weight holds NaN"):
         prepared(broken, plan, tmp_path)
+
+
+def test_a_full_disk_is_worth_another_try(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(decomposition, "save_file", no_space)
+    with pytest.raises(OSError, match=r"\d\.safetensors: No space left"):
+        prepared(model, plan_of(model), tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 20])

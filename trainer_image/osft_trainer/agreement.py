@@ -1,8 +1,9 @@
 """What the ranks of a run decide together.
 
 Lives here: the few collectives that are not about gradients: a flag, a barrier, work that the first
-rank does for all. Called by `train`, `loop`, `checkpoint` and `worker`. With one rank nothing is
-sent. Must never be called by some ranks only: the others would wait.
+rank does for all, a failure of one. Called by `train`, `loop`, `checkpoint`, `decomposition` and
+`worker`. With one rank nothing is sent. Must never be called by some ranks only: the others would
+wait.
 """
 
 from __future__ import annotations
@@ -44,6 +45,22 @@ def any_rank(flag: bool, world: World, patient: bool = False) -> bool:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     any_rank(False, world)
+
+
+def raise_together(failure: ValueError | OSError | None, world: World, elsewhere: str) -> None:
+    """Fail on every rank if one has failed, as bad input if one has found that.
+
+    Ranks come here after work of very unequal length, and wait for each other for hours.
+
+    Args:
+        failure: of this rank.
+        world: this process's place.
+        elsewhere: what a rank says that has not failed itself.
+    """
+    for kind in (ValueError, OSError):
+        mine = failure if isinstance(failure, kind) else None
+        if any_rank(mine is not None, world, patient=True):
+            raise mine or kind(elsewhere)
 
 
 def from_first_rank(world: World, action: Callable[[], str]) -> str:

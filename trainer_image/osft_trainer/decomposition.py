@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osft_trainer.agreement import any_rank, barrier, from_first_rank
+from osft_trainer.agreement import barrier, from_first_rank, raise_together
 from osft_trainer.parallel import World
 from osft_trainer.subspace import Split, needed_parts, split_weight
 from osft_trainer.targets import Plan, Target
@@ -64,6 +64,7 @@ def prepare(
 
     Raises:
         ValueError: on every rank, if a weight holds NaN or infinity.
+        OSError: on every rank, if one cannot write.
     """
     digest = _digest(model, plan, base_digest)
     found = Decompositions(cache / "decomposition" / digest, digest, plan)
@@ -71,12 +72,9 @@ def prepare(
     missing = json.loads(from_first_rank(world, lambda: json.dumps(_missing(found))))
     if missing:
         shares = shares_by_cost([_cost(plan.targets[i]) for i in missing], world.size)
-        problem = None
-        for position in shares[world.rank]:
-            problem = problem or _compute(model, found, plan.targets[missing[position]], world)
-        # A rank may have a single matrix that takes an hour while the others are through.
-        if any_rank(problem is not None, world, patient=True):
-            raise ValueError(problem or "model_path: another rank found a weight that is no number")
+        mine = [plan.targets[missing[position]] for position in shares[world.rank]]
+        failure = _compute_all(model, found, mine, world)
+        raise_together(failure, world, "model_path: another rank could not split its matrices")
     barrier(world)
     from_first_rank(world, lambda: _mark_complete(found.folder))
     return found
@@ -138,13 +136,24 @@ def _holds(path: Path, parts: frozenset[str]) -> bool:
         return False
 
 
-def _compute(model: nn.Module, found: Decompositions, target: Target, world: World) -> str | None:
-    """Write one target's file; None, or what is wrong with its weight."""
+def _compute_all(
+    model: nn.Module, found: Decompositions, targets: Sequence[Target], world: World
+) -> ValueError | OSError | None:
+    """Write the targets' files; None, or why it stopped."""
+    for target in targets:
+        try:
+            _compute(model, found, target, world)
+        except ValueError as error:
+            return ValueError(f"model_path: {target.parameter}: {error}")
+        except (OSError, SafetensorError) as error:
+            return OSError(f"{found.path(target)}: {error}")
+    return None
+
+
+def _compute(model: nn.Module, found: Decompositions, target: Target, world: World) -> None:
+    """Write one target's file."""
     weight = model.get_parameter(target.parameter).detach().to(world.device)
-    try:
-        split = split_weight(weight, target.free_rank, found.plan.parameterization)
-    except ValueError as error:
-        return f"model_path: {target.parameter}: {error}"
+    split = split_weight(weight, target.free_rank, found.plan.parameterization)
     path = found.path(target)
     temporary = path.with_name(f".{path.name}.{world.rank}")
     save_file({name: part.cpu() for name, part in split.to_tensors().items()}, temporary)
@@ -153,7 +162,6 @@ def _compute(model: nn.Module, found: Decompositions, target: Target, world: Wor
     if world.device.type == "cuda":
         # The next matrix may have another shape; cached blocks of this one would add up.
         torch.cuda.empty_cache()
-    return None
 
 
 def _mark_complete(folder: Path) -> str:

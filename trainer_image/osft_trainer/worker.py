@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from osft_trainer.agreement import barrier, from_first_rank
+from osft_trainer.agreement import barrier, from_first_rank, raise_together
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.base_model import local_folder
 from osft_trainer.export import base_digest
@@ -87,9 +87,13 @@ def _with_local_model(arguments: TrainerArguments, world: World) -> TrainerArgum
     """Have the base model as a folder on every node; the first rank of each fetches it."""
     path = arguments.training.model_path
     from_first_rank(world, lambda: str(local_folder(path)))
+    failure: ValueError | OSError | None = None
     if world.rank != 0 and world.local_rank == 0:
-        local_folder(path)
-    barrier(world)
+        try:
+            local_folder(path)
+        except (ValueError, OSError) as error:
+            failure = error
+    raise_together(failure, world, f"model_path: {path!r} is not to be had on another node")
     training = arguments.training.model_copy(update={"model_path": str(local_folder(path))})
     return replace(arguments, training=training)
 

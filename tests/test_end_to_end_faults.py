@@ -62,7 +62,8 @@ def test_delete_while_it_runs_leaves_what_was_asked(jobs: Jobs, retain: bool) ->
     name = "kept" if retain else "gone"
     storage = short(name)["spec"]["storage"]
     storage["checkpoints"]["retain"] = retain
-    jobs.apply(short(name, spec={"storage": storage, "terminationGracePeriodSeconds": 60}))
+    spec = {"storage": storage, "terminationGracePeriodSeconds": 60}
+    jobs.apply(short(name, spec=spec, maxSteps=2000, checkpointEverySteps=None))
     jobs.wait_step(name, 3)
     mark = jobs.cluster.kubelet.runner(jobs.namespace, f"{name}-master-0").at.mark
     assert process_tree.find(mark)
@@ -117,7 +118,7 @@ def test_suspend_and_resume(jobs: Jobs) -> None:
     """(f) Suspended: no pods, state saved. Resumed: the losses of an undisturbed run."""
     jobs.apply(short("calm"))
     jobs.wait_phase("calm", "Succeeded")
-    jobs.apply(short("pause"))
+    jobs.apply(short("pause", checkpointEverySteps=None))
     jobs.wait_step("pause", 8)
     patch = '{"spec": {"suspend": true}}'
     jobs.kubectl("patch", "osftjob", "pause", "--type=merge", "-p", patch)

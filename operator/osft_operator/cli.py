@@ -7,9 +7,12 @@ job failed, 2 bad input, 130 interrupted after saving. Must never import torch o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"osft: {error}", file=sys.stderr)
         code = BAD_INPUT
+    except KeyboardInterrupt:
+        print("osft: killed; what was saved before is there", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -48,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "--volumes",
         type=Path,
         default=DEFAULT_FOLDER,
-        help="folder that stands for the cluster's storage: one folder in it per claim "
-        "(default: %(default)s)",
+        help="folder that stands for the cluster's storage: one folder in it per claim, and "
+        "secrets/NAME and configmaps/NAME with a file per key (default: %(default)s)",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the status")
     show = commands.add_parser("render", help="print the PyTorchJob that an OSFTJob becomes")
@@ -129,16 +135,48 @@ def _run(arguments: argparse.Namespace) -> int:
         return BAD_INPUT
     volumes = arguments.volumes.resolve()
     work_dir = volumes / ".run" / str(body["metadata"]["name"])
-    shutil.rmtree(work_dir, ignore_errors=True)
-    job = LocalJob(body, volumes, work_dir)
-    with Screen(job, quiet=arguments.quiet) as screen:
-        try:
-            status = job.run(screen.update)
-        except KeyboardInterrupt:
-            screen.say("stopping; the state is saved first, press Ctrl-C again to kill")
-            job.stop()
+    # a batch system's end is a Ctrl-C, too: the state is saved
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with (
+            _alone(work_dir),
+            LocalJob(body, volumes, work_dir) as job,
+            Screen(job, quiet=arguments.quiet) as screen,
+        ):
+            status = _run_or_stop(job, screen)
             screen.close()
-            print("stopped; run the same command again to go on from the newest checkpoint")
-            return INTERRUPTED
-    print_status(job)
+            print_status(job)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from the newest checkpoint")
+        return INTERRUPTED
     return SUCCEEDED if status["phase"] == "Succeeded" else FAILED
+
+
+def _run_or_stop(job: LocalJob, screen: Screen) -> Object:
+    """Run to the end; an interrupt stops the job, and a second one leaves it to be killed."""
+    try:
+        return job.run(screen.update)
+    except KeyboardInterrupt:
+        screen.say("stopping; the state is saved first, press Ctrl-C again to kill")
+        job.stop()
+        raise
+
+
+@contextlib.contextmanager
+def _alone(work_dir: Path) -> Iterator[None]:
+    """Clear the job's folder, and keep a second run out: it would clear the first one's.
+
+    Raises:
+        ValueError: another process runs the job.
+    """
+    work_dir.parent.mkdir(parents=True, exist_ok=True)
+    with work_dir.with_name(f"{work_dir.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another `osft run` runs {work_dir.name} in {work_dir.parent.parent}: wait for "
+                "its end, or use another name or --volumes"
+            ) from None
+        shutil.rmtree(work_dir, ignore_errors=True)
+        yield

@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from osft_operator import decide as brain
 from osft_operator import local_pods
@@ -33,29 +34,58 @@ DECIDE_SECONDS = 0.5
 BACK_OFF = BackOff(first_seconds=1, cap_seconds=30)
 """Pause before a failed pod's container is started again; a machine of one's own may hurry."""
 
-
+REFERENCES = {"Secret": "secrets", "ConfigMap": "configmaps"}
+"""Where Secrets and ConfigMaps lie below the volumes: a folder each, a file per key."""
 SETTINGS = RenderSettings(trainer_image="this-machine")
 """No image is pulled here: the trainer is the one installed beside this package."""
 
 
 class LocalJob:
-    """One OSFTJob on this machine. Start it, poll it, stop it; `status` is the CR's status."""
+    """One OSFTJob on this machine; `status` is the CR's status.
+
+    A context manager: when it is left, or this process dies, no process of the job is left.
+    """
 
     def __init__(self, body: Mapping[str, Any], volumes: Path, work_dir: Path) -> None:
-        """`volumes` holds a folder per claim; `work_dir` takes logs and emptyDirs, and may go."""
+        """Prepare the run.
+
+        Args:
+            body: the OSFTJob, valid.
+            volumes: holds a folder per claim, and `secrets/NAME`, `configmaps/NAME`: a file a key.
+            work_dir: takes logs and emptyDirs, and may go.
+
+        Raises:
+            ValueError: the job is suspended.
+        """
         metadata = {"namespace": "local", "generation": 1, **body["metadata"]}
         metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": _now().isoformat()}
         self.body: Object = {**body, "metadata": metadata, "status": {}}
         self.job = OSFTJob.model_validate(self.body)
+        if self.job.spec.suspend:
+            raise ValueError("spec.suspend: true starts nothing: remove it to run the job here")
         self.volumes = volumes
         self.work_dir = work_dir
         self.mark = f"osft-run-{uuid.uuid4().hex[:12]}"
         self.pytorch_job: Object | None = None
         self.pods: list[PodProcess] = []
         self.claim: Object | None = None
+        if (name := self.job.spec.storage.checkpoints.claim_name) is not None:
+            # the user's own claim is there: a folder
+            self.claim = {"metadata": {"name": name}, "status": {"phase": "Bound"}}
         self.events: list[tuple[str, str]] = []
-        self._watchdog: Watchdog | None = None
+        self._watchdog = Watchdog(self.mark)
         self._due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watchdog.close()
 
     @property
     def status(self) -> Object:
@@ -79,11 +109,10 @@ class LocalJob:
 
     def run(self, on_change: Callable[[LocalJob], None]) -> Object:
         """Run to the end; KeyboardInterrupt passes through, see `stop`. Returns the status."""
-        with Watchdog(self.mark):
-            while not self.finished:
-                if self.poll():
-                    on_change(self)
-                time.sleep(POLL_SECONDS)
+        while not self.finished:
+            if self.poll():
+                on_change(self)
+            time.sleep(POLL_SECONDS)
         return self.status
 
     def poll(self) -> bool:
@@ -95,14 +124,13 @@ class LocalJob:
         self._due = time.monotonic() + DECIDE_SECONDS
         return self._pass()
 
-    def stop(self, on_wait: Callable[[], None] = lambda: None) -> None:
+    def stop(self) -> None:
         """End every process: SIGTERM, so that a checkpoint is saved, then wait."""
         for pod in self.pods:
             pod.stop()
         while not all(pod.finished for pod in self.pods):
             for pod in self.pods:
                 pod.poll()
-            on_wait()
             time.sleep(POLL_SECONDS)
 
     def log_paths(self) -> list[tuple[str, Path]]:
@@ -160,13 +188,12 @@ class LocalJob:
             self._start(action.manifest)
         elif isinstance(action, brain.DeletePyTorchJob):
             self.stop()
-            self.pytorch_job, self.pods = None, []
-        elif isinstance(action, brain.SuspendPyTorchJob):
-            raise ValueError("spec.suspend: true starts nothing: remove it to run the job here")
+            # the pods stay known: their logs are asked for at the end
+            self.pytorch_job = None
 
     def _start(self, manifest: Object) -> None:
         metadata = {**manifest["metadata"], "uid": str(uuid.uuid4())}
-        self.pytorch_job = {**manifest, "metadata": metadata}
+        self.pytorch_job, self.pods = {**manifest, "metadata": metadata}, []
         pods = local_pods.pods(self.pytorch_job)
         addresses = {
             pod["metadata"]["name"]: f"127.0.0.{number}" for number, pod in enumerate(pods, 2)
@@ -182,10 +209,23 @@ class LocalJob:
                 volumes=self._folders(pod),
                 host=lambda host: addresses.get(host, "127.0.0.1"),
                 port=lambda port: ports.setdefault(port, free_port()),
+                references=self._reference,
             )
             self.pods.append(PodProcess(pod, at, back_off=BACK_OFF))
         for process in self.pods:
             process.start()
+
+    def _reference(self, kind: str, name: str) -> Mapping[str, str] | None:
+        """A Secret or ConfigMap: a folder with a file per key; None when there is none."""
+        folder = self.volumes / REFERENCES[kind] / name
+        if not folder.is_dir():
+            return None
+        # an editor's or echo's last line break is no part of a token
+        return {
+            file.name: file.read_text(encoding="utf-8").rstrip("\n")
+            for file in folder.iterdir()
+            if file.is_file()
+        }
 
     def _folders(self, pod: Object) -> dict[str, Path]:
         """A folder for each of the pod's volumes; claims are kept, the rest is of this run."""
@@ -193,10 +233,13 @@ class LocalJob:
         for volume in pod["spec"].get("volumes") or []:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             config = volume.get("configMap", {}).get("name")
+            secret = volume.get("secret", {}).get("secretName")
             if claim is not None:
                 folder = self.volumes / claim
             elif config is not None:
-                folder = self.volumes / "configmaps" / config
+                folder = self.volumes / REFERENCES["ConfigMap"] / config
+            elif secret is not None:
+                folder = self.volumes / REFERENCES["Secret"] / secret
             else:
                 folder = self.work_dir / pod["metadata"]["name"] / "volumes" / volume["name"]
             folder.mkdir(parents=True, exist_ok=True)

@@ -68,10 +68,9 @@ class LocalJob:
         self.mark = f"osft-run-{uuid.uuid4().hex[:12]}"
         self.pytorch_job: Object | None = None
         self.pods: list[PodProcess] = []
-        self.claim: Object | None = None
-        if (name := self.job.spec.storage.checkpoints.claim_name) is not None:
-            # the user's own claim is there: a folder
-            self.claim = {"metadata": {"name": name}, "status": {"phase": "Bound"}}
+        name = self.job.spec.storage.checkpoints.claim_name
+        # a user's own claim is a folder, so it is always there
+        self.claim: Object | None = None if name is None else {"metadata": {"name": name}}
         self.events: list[tuple[str, str]] = []
         self._watchdog = Watchdog(self.mark)
         self._due = 0.0

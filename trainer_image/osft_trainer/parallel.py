@@ -92,6 +92,11 @@ def shard(model: OSFTModel, world: World) -> None:
     if world.size == 1:
         model.to(world.device)
         return
+    split_over_ranks(model, world)
+
+
+def split_over_ranks(model: OSFTModel, world: World) -> None:
+    """The splitting alone, also of one rank; the process group is there."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for _, subspace in model.subspaces():
         _shard_buffers(subspace, mesh)

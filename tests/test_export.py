@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from osft_trainer import export
 from osft_trainer.export import base_digest, base_dtype, export_hf
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World
@@ -137,6 +138,19 @@ def test_a_failing_write_leaves_the_older_export_alone(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"out\.writing"):
         export_hf(_trained(base), base, out, ALONE)
     assert (out / "kept.txt").read_text() == "old"
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors raises an error of its own, which nobody would try again or agree on."""
+
+    def no_space(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    base = save_tiny_model(tmp_path / "base")
+    monkeypatch.setattr(export, "save_file", no_space)
+    for largest in (1, 10**9):
+        with pytest.raises(OSError, match="out: No space left"):
+            export_hf(_trained(base), base, tmp_path / "out", ALONE, max_shard_bytes=largest)
 
 
 def test_the_digest_follows_content(tmp_path: Path) -> None:

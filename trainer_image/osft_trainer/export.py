@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from osft_trainer.agreement import raise_together
 from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
@@ -81,8 +81,8 @@ def export_hf(
         if writer is not None and failure is None:
             try:
                 writer.add(name, tensor)
-            except OSError as error:
-                failure = error
+            except (OSError, SafetensorError) as error:
+                failure = OSError(f"{out}: {error}")
     if writer is not None and failure is None:
         try:
             writer.close()
@@ -90,9 +90,9 @@ def export_hf(
             facts = {"base_digest": digest or base_digest(base), **(extra or {})}
             _write_json(temporary / OSFT_FILE, _description(model, leak, dtype) | facts)
             _put_in_place(temporary, out)
-        except OSError as error:
-            failure = error
-    _agree(failure, world, out)
+        except (OSError, SafetensorError) as error:
+            failure = OSError(f"{out}: {error}")
+    raise_together(failure, world, f"{out}: rank 0 could not write the export")
 
 
 def dense_weights(
@@ -283,17 +283,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _agree(failure: OSError | None, world: World, out: Path) -> None:
-    """Wait for rank 0 and raise on every rank if it failed."""
-    if world.size > 1:
-        failed = torch.tensor(int(failure is not None), device=world.device)
-        dist.all_reduce(failed)
-        if int(failed) and failure is None:
-            raise OSError(f"{out}: rank 0 could not write the export")
-    if failure is not None:
-        raise failure
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -7,14 +7,14 @@ about a PyTorchJob that gets no pods. Must never change anything, nor judge what
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, NotFound
 from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import attempt_name, claim_name
-from osft_operator.observed import Observed
+from osft_operator.observed import Observed, controller
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.resolved import RenderSettings
@@ -60,7 +60,7 @@ class Observer:
             settings=self._render,
             pytorch_jobs=tuple(pytorch_jobs),
             pods=tuple(pods),
-            claim=await self._claim(key, job, wanted=not pytorch_jobs and not _is_over(job)),
+            claim=await self._claim(key, job, wanted=not _has_own(job, pytorch_jobs)),
             progress=self._poller.progress(key),
             pytorch_job_kind_present=self._serves(PYTORCHJOBS),
             newest_event=newest,
@@ -85,7 +85,7 @@ class Observer:
             return self._cache.get(CLAIMS, key.namespace, claim_name(key.name))
         # Users' claims bear no label of ours, so no watch tells of them.
         found = self._cache.get(CLAIMS, key.namespace, name)
-        if found is not None or not wanted:
+        if found is not None or not wanted or _is_over(job):
             return found
         try:
             return await self._cluster.get(CLAIMS, key.namespace, name)
@@ -96,6 +96,12 @@ class Observer:
 def _age_seconds(body: Object, now: datetime.datetime) -> float:
     made = datetime.datetime.fromisoformat(body["metadata"]["creationTimestamp"])
     return (now - made).total_seconds()
+
+
+def _has_own(job: Object, pytorch_jobs: Sequence[Object]) -> bool:
+    """Whether one of them is made for this job already; those of an earlier job do not count."""
+    uid = job["metadata"]["uid"]
+    return any(controller(each).get("uid") == uid for each in pytorch_jobs)
 
 
 def _is_over(job: Object) -> bool:

@@ -328,6 +328,20 @@ RULES = [
         "spec.envFrom",
         words="exactly one",
     ),
+    Sample(
+        "claim-retain",
+        {C: {"claimName": "mine", "retain": True}},
+        {C: {"claimName": "mine", "retain": False}},
+        C,
+        words="remove it",
+    ),
+    Sample(
+        "shared-memory",
+        {"spec.sharedMemory": {"sizeLimit": "1Gi"}},
+        {"spec.sharedMemory": {"sizeLimit": "1Gi", "enabled": False}},
+        "spec.sharedMemory",
+        words="remove one of them",
+    ),
 ]
 """One or more for each CEL rule but those of immutability."""
 

@@ -179,6 +179,12 @@ RULES = [
     _exactly_one(CHECKPOINTS, "claimName", "size"),
     _excludes(CHECKPOINTS, "storageClassName", "claimName"),
     _excludes(CHECKPOINTS, "accessModes", "claimName"),
+    Rule(
+        CHECKPOINTS,
+        "!has(self.claimName) || !has(self.retain) || self.retain",
+        "retain: false has no effect with claimName, which always stays: remove it",
+        ".retain",
+    ),
     _no_climb(CHECKPOINTS, "mountPath"),
     _no_climb(CHECKPOINTS, "subPath"),
     _exactly_one(MOUNT, "claimName", "configMapName", "secretName"),
@@ -210,6 +216,12 @@ RULES = [
         ),
         "checkpoints and cache need a mountPath each, not /tmp or /dev/shm: change one",
         ".checkpoints.mountPath",
+    ),
+    Rule(
+        "spec.sharedMemory",
+        "self.enabled || !has(self.sizeLimit)",
+        "sizeLimit has no effect with enabled: false: remove one of them",
+        ".sizeLimit",
     ),
     Rule(
         "spec.env[]",

@@ -150,8 +150,8 @@ def _environment(job: OSFTJob, resolved: Resolved, rank: list[Object]) -> list[O
     merged |= {variable.name: _dump(variable) for variable in spec.env}
     if spec.secrets.hf_token is not None:
         merged["HF_TOKEN"] = _secret("HF_TOKEN", spec.secrets.hf_token)
-    if spec.secrets.wandb is not None:
-        merged["WANDB_API_KEY"] = _secret("WANDB_API_KEY", spec.secrets.wandb)
+    if spec.secrets.wandb_api_key is not None:
+        merged["WANDB_API_KEY"] = _secret("WANDB_API_KEY", spec.secrets.wandb_api_key)
     shutdown = spec.termination_grace_period_seconds - SHUTDOWN_RESERVE_SECONDS
     return [
         *merged.values(),

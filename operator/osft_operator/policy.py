@@ -39,7 +39,7 @@ def denials(job: OSFTJob) -> list[Denial]:
 def _environment(job: OSFTJob) -> Iterator[Denial]:
     own = {
         "HF_TOKEN": job.spec.secrets.hf_token and "secrets.hfToken",
-        "WANDB_API_KEY": job.spec.secrets.wandb and "secrets.wandb",
+        "WANDB_API_KEY": job.spec.secrets.wandb_api_key and "secrets.wandbApiKey",
     }
     seen: set[str] = set()
     for index, variable in enumerate(job.spec.env):
@@ -170,6 +170,8 @@ ALLOWED_VOLUMES = (
     "secret",
 )
 """Volume types of Pod Security `restricted`."""
+CREDENTIALS = {"serviceAccountToken", "podCertificate"}
+"""Sources of a projected volume by which the pod could speak for its service account."""
 
 
 def _volumes(spec: Object) -> Iterator[Denial]:
@@ -185,8 +187,8 @@ def _volumes(spec: Object) -> Iterator[Denial]:
                     f"is refused; allowed are {', '.join(ALLOWED_VOLUMES)}",
                 )
         sources = (volume.get("projected") or {}).get("sources", [])
-        if any("serviceAccountToken" in source for source in sources):
-            yield Denial("Forbidden", f"{where}.projected", "gives the pod a token: remove it")
+        if any(source.keys() & CREDENTIALS for source in sources):
+            yield Denial("Forbidden", f"{where}.projected", "gives the pod a credential: remove it")
 
 
 TRAINER_FIELDS = {

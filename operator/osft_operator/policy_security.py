@@ -60,3 +60,7 @@ def security(context: Any, where: str) -> Iterator[Denial]:
     added = capabilities.get("add") if isinstance(capabilities, dict) else None
     if added not in (None, [], ["NET_BIND_SERVICE"]):
         yield Denial("Isolation", f"{where}.capabilities.add", "must be empty: remove it")
+    dropped = capabilities.get("drop") if isinstance(capabilities, dict) else None
+    if dropped is not None and dropped != ["ALL"]:
+        # it would replace the list that every container gets
+        yield Denial("Isolation", f"{where}.capabilities.drop", "must be [ALL]: remove it")

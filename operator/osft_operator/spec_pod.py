@@ -138,7 +138,7 @@ class Secrets(JobPart):
 
     hf_token: SecretKey | None = None
     """Token for downloads from the Hugging Face hub; becomes HF_TOKEN."""
-    wandb: SecretKey | None = None
+    wandb_api_key: SecretKey | None = None
     """Key of Weights & Biases; becomes WANDB_API_KEY."""
 
 
@@ -149,6 +149,12 @@ class SharedMemory(JobPart):
     """Mount a memory volume at /dev/shm. Without it a container has 64 MiB."""
     size_limit: Quantity | None = None
     """Its limit; it counts against the memory limit. Absent: up to the node's default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.size_limit is not None and not self.enabled:
+            raise ValueError("sizeLimit has no effect with enabled: false: remove one of them")
+        return self
 
 
 class PodTemplate(JobPart):

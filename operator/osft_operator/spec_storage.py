@@ -48,6 +48,10 @@ class Checkpoints(JobPart):
             ):
                 if value is not None:
                     raise ValueError(f"{name} has no effect with claimName: remove it or use size")
+            if not self.retain:
+                raise ValueError(
+                    "retain: false has no effect with claimName, which always stays: remove it"
+                )
         _check_paths(self.mount_path, self.sub_path)
         return self
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -215,6 +217,39 @@ def test_loading_refuses_folders_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no \.safetensors"):
+        load_model(tmp_path, torch.float32)
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _lose_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _grow(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 48', '"intermediate_size": 56'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_cut, "is damaged"),
+        (_lose_a_weight, r"1 weights .*mlp\.up_proj\.weight"),
+        (_grow, r"6 weights .*mlp\.down_proj\.weight"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(
+    tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    """Transformers fills in random numbers, other ones on every rank."""
+    damage(save_tiny_model(tmp_path))
+    with pytest.raises(ValueError, match=f"model_path: .*{words}"):
         load_model(tmp_path, torch.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import socket
 import threading
 import urllib.request
@@ -125,6 +126,21 @@ def test_ranks_must_share_one_folder(tmp_path: Path) -> None:
             f"rank {int(folder == two)} {word} what rank 0 wrote" in (folder / "said").read_text()
         )
         assert [path.name for path in folder.iterdir()] == ["said"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "words"),
+    [("{", "is no JSON"), ('{"quantization_config": {"quant_method": "fp8"}}', "are quantized")],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(
+    base: Path, tmp_path: Path, configuration: str, words: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    (model / "config.json").write_text(configuration)
+    data = base.parent / "data.jsonl"
+    with pytest.raises(ValueError, match=f"model_path: .*{words}"):
+        run(arguments(model, tmp_path / "out", data=data))
 
 
 def test_a_model_folder_without_weights_is_refused(tmp_path: Path) -> None:

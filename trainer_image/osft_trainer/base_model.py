@@ -6,6 +6,7 @@ what the safetensors files already hold in another form.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -24,7 +25,8 @@ def local_folder(model_path: str) -> Path:
     """The folder with config.json and *.safetensors; fetched from the hub if it is a name there.
 
     Raises:
-        ValueError: neither a folder with these files, nor a name that the hub gives us.
+        ValueError: neither a folder with these files, nor a name that the hub gives us; or a
+            configuration that cannot be read, or says that the weights are quantized.
     """
     folder = Path(model_path)
     if not folder.is_dir():
@@ -35,7 +37,20 @@ def local_folder(model_path: str) -> Path:
                 f"model_path: {folder} holds no {pattern}; give the folder of a model in Hugging "
                 "Face format with safetensors weights"
             )
+    _check_configuration(folder / "config.json")
     return folder
+
+
+def _check_configuration(path: Path) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model_path: {path} is no JSON ({error}); fetch it again") from error
+    if isinstance(found, dict) and found.get("quantization_config"):
+        raise ValueError(
+            f"model_path: {path} says that the weights are quantized (quantization_config); their "
+            "exact values are needed, so give the model in bfloat16, float16 or float32"
+        )
 
 
 def _from_hub(name: str) -> Path:

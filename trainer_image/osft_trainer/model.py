@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -86,7 +87,8 @@ def load_model(
     """Read a causal language model from a local folder with safetensors weights.
 
     Raises:
-        ValueError: if the folder is missing, or holds no safetensors weights.
+        ValueError: if the folder is missing, or its safetensors weights are missing, damaged,
+            incomplete or those of another configuration.
     """
     folder = Path(model_path)
     if not (folder / "config.json").is_file():
@@ -101,17 +103,19 @@ def load_model(
         )
 
     def read(attention: str) -> PreTrainedModel:
-        return cast(
-            PreTrainedModel,
-            AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=compute_dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attention,
-            ),
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+            # Told below, by name; transformers would fill what is missing with random numbers.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        _check_weights(folder, info)
+        return cast(PreTrainedModel, model)
 
     try:
         model = read(attn_implementation)
@@ -120,8 +124,22 @@ def load_model(
         if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
         model = read("eager")
+    except SafetensorError as error:
+        raise ValueError(
+            f"model_path: a safetensors file in {folder} is damaged ({error}); fetch it again"
+        ) from error
     model.train()
     return model
+
+
+def _check_weights(folder: Path, info: dict[str, Any]) -> None:
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    names = sorted({*info["missing_keys"], *mismatched})
+    if names:
+        raise ValueError(
+            f"model_path: {len(names)} weights in {folder} are missing or of another shape than "
+            f"config.json says ({', '.join(names[:3])}, ...); fetch the model again"
+        )
 
 
 def load_tokenizer(

@@ -20,8 +20,8 @@ demo: $(VENV)/.run       ## teach a small model a second skill, compare with pla
 	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.dev       ## everything, with a real control plane (built once, then cached)
-	$(BIN)/python tests/cluster/binaries.py
-	$(BIN)/python -m pytest
+	-$(BIN)/python tests/cluster/binaries.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/ruff format --check .

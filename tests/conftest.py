@@ -1,3 +1,15 @@
-"""What every test may ask for: the cluster's fixtures."""
+"""What every test may ask for: the cluster's fixtures, and how tests share two workers."""
+
+from __future__ import annotations
+
+import pytest
 
 pytest_plugins = ["cluster.fixtures", "end_to_end_fixtures"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of the control plane on one worker, so that it starts once; the others by file."""
+    for item in items:
+        needs_plane = "control_plane" in getattr(item, "fixturenames", ())
+        group = "cluster" if needs_plane else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -25,6 +25,7 @@ from osft_operator import process_tree
 from osft_operator.local_pods import Object
 
 CRDS = Path(__file__).parents[2] / "crds"
+NO_BINARIES = "there are no control plane binaries"
 _missing: list[str] = []
 _failed: list[str] = []
 
@@ -79,8 +80,7 @@ def control_plane_binaries() -> binaries.Binaries:
     try:
         return binaries.ensure()
     except binaries.Missing as error:
-        _missing.append(str(error))
-        pytest.skip("there are no control plane binaries; see the end of the output")
+        pytest.skip(f"{NO_BINARIES}: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +128,14 @@ def cluster(
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember failures: they keep the cluster's logs."""
+    """Remember failures, which keep the cluster's logs, and what is missing.
+
+    With several workers the first process hears of all reports, and it gives the exit code.
+    """
     if report.failed:
         _failed.append(report.nodeid)
+    if report.skipped and NO_BINARIES in str(report.longrepr):
+        _missing.append(str(report.longrepr))
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -404,6 +405,16 @@ def test_progress_is_rounded_and_belongs_to_the_run() -> None:
     world.progress = Progress(run_id="another", step=1999, total_steps=2000)
     world.settle()
     assert world.status["progress"]["step"] == 840
+
+
+def test_no_number_of_a_pod_stops_the_operator() -> None:
+    world = running()
+    world.progress = Progress(
+        run_id="uid-1", loss=-sys.float_info.max, learning_rate=sys.float_info.max, step=2**53
+    )
+    world.settle()
+    assert world.status["progress"]["step"] == 2**53
+    assert "loss" not in world.status["progress"]
 
 
 def test_the_last_word_comes_from_the_termination_message() -> None:

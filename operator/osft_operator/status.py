@@ -22,6 +22,8 @@ Status = dict[str, Any]
 CONDITIONS = ("Accepted", "Running", "Suspended", "Complete", "Failed")
 """All of them, in the order they are shown; each is set from the first pass on."""
 MAX_CONDITION_MESSAGE = 4096
+LARGEST_NUMBER = 1e300
+"""What a pod tells beyond it says nothing, and rounding it may overflow."""
 
 
 def derive(observed: Observed, now: datetime.datetime) -> Status:
@@ -156,4 +158,6 @@ def _rounded(value: float | None, digits: int) -> float | None:
     """A number to so many significant digits."""
     if value is None or value == 0:
         return value
+    if abs(value) > LARGEST_NUMBER:
+        return None
     return round(value, digits - 1 - math.floor(math.log10(abs(value))))

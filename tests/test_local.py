@@ -18,6 +18,7 @@ from cluster.api import wait_for
 from job_samples import job as sample
 from osft_operator import cli, local_command
 from osft_operator.local import LocalJob
+from osft_operator.terminal import Screen
 
 PYTHON = sys.executable
 TRAINER = """#!/bin/sh
@@ -132,6 +133,13 @@ def test_secrets_are_folders(started: Any, trainer: Path) -> None:
     container = pod.pod["spec"]["containers"][0]
     assert local_command.environment(pod.pod, container, pod.at)["HF_TOKEN"] == "hf_x"
     assert pod.at.volumes["keys"] == secret
+
+
+def test_words_of_the_trainer_are_printed_as_they_are(tmp_path: Path, capsys: Any) -> None:
+    words = f"no [/INST] in [bold]line[/bold] 3 {'x' * 200}"
+    with LocalJob(sample(), tmp_path, tmp_path / "work") as job, Screen(job) as screen:
+        screen.say(words)
+    assert words in capsys.readouterr().err
 
 
 def test_a_failed_job_still_knows_its_logs(trainer: Path) -> None:

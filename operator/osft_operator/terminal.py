@@ -54,7 +54,8 @@ class Screen:
     def say(self, text: str) -> None:
         """One line above the bar."""
         if not self._quiet:
-            self._console.print(text, highlight=False)
+            # a trainer's words may hold [/INST]: markup to rich, and an error
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, job: LocalJob) -> None:
         """Show the newest status."""

@@ -230,11 +230,16 @@ def test_folder_that_is_not_complete_is_made_anew(tmp_path: Path) -> None:
     assert trained_text(prepare_default(file, tmp_path), 0) == "yes<e>"
 
 
-def test_damaged_folder_is_refused(tmp_path: Path) -> None:
-    data = prepare_default(write(tmp_path / "d.jsonl", row()), tmp_path)
+def test_damaged_folder_is_refused_and_made_anew(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", row())
+    data = prepare_default(file, tmp_path)
     np.save(data.folder / "loss_mask.npy", np.zeros(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="is damaged"):
         open_prepared(data.folder)
+    assert trained_text(prepare_default(file, tmp_path), 0) == "yes<e>"
+    for name in ("meta.json", "input_ids.npy"):
+        (data.folder / name).write_bytes(b"\0")
+        assert trained_text(prepare_default(file, tmp_path), 0) == "yes<e>"
 
 
 def test_killed_preparation_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
@@ -284,3 +289,11 @@ def test_missing_end_of_turn_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
         cache_root=tmp_path,
     )
     assert caplog.text.count("where to stop") == 1
+
+
+def test_line_ends_of_windows_are_no_fault(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    write(file, row(), "", row(answer="no"))
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    data = prepare_default(file, tmp_path)
+    assert [trained_text(data, i) for i in (0, 1)] == ["yes<e>", "no<e>"]

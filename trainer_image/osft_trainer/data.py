@@ -58,7 +58,12 @@ def prepare(
     root = Path(cache_root) / "data"
     folder = root / digest
     if (folder / "COMPLETE").is_file():
-        return open_prepared(folder)
+        try:
+            return open_prepared(folder)
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            # The user's data are not at fault, and the folder can be had again.
+            logger.warning("prepared data %s is damaged and is made anew: %s", folder, error)
+            shutil.rmtree(folder)
     masker = ChatMasker(tokenizer)
     root.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=root))

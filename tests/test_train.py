@@ -302,7 +302,7 @@ def test_gradients_that_are_no_number_are_divergence(
 ) -> None:
     real = loop_module.backward
 
-    def spoiled(model: Any, *args: Any) -> float:
+    def spoiled(model: Any, *args: Any) -> torch.Tensor:
         loss = real(model, *args)
         next(iter(model.trainables().values())).grad.fill_(math.inf)
         return loss

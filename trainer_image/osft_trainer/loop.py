@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
+from torch import Tensor
 
 from osft_trainer.agreement import any_rank
 from osft_trainer.checkpoint import Checkpoints, Position, State
@@ -119,11 +120,13 @@ class Loop:
         rate = self.rates(position.step)
         set_learning_rate(self.state.optimizer, rate)
         seed_step(self.training.seed, position.step, self.world.rank)
-        loss = backward(self.model, batch, self.world)
+        loss_sum = backward(self.model, batch, self.world)
         self.model.project_gradients()
         norm = clip_gradients(
             self.state.trainables.values(), self.training.max_grad_norm, self.world
         )
+        # Read only now: a device would have waited, idle, before the projection.
+        loss = sum_over_ranks(float(loss_sum), self.world) / batch.loss_tokens
         _check_finite(loss, norm, position)
         self.state.optimizer.step()
         self.model.finish_step()
@@ -214,9 +217,10 @@ def _after(position: Position, batch: GlobalBatch, done: Step) -> Position:
     )
 
 
-def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> float:
-    """Leave the gradient of the batch's mean token loss in the trainables; return that loss.
+def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> Tensor:
+    """Leave the gradient of the batch's mean token loss in the trainables.
 
+    Returns the sum of this rank's token losses, a float64 scalar on its device.
     Every rank runs every round, a rank without samples on a stand-in: FSDP waits for all.
     """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -230,7 +234,7 @@ def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> float:
         )
         (loss_sum / batch.loss_tokens).backward()
         total += loss_sum.detach().double()
-    return sum_over_ranks(float(total), world) / batch.loss_tokens
+    return total
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

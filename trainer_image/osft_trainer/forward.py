@@ -80,7 +80,9 @@ def packed_loss(
         logits = packed_forward(hf, input_ids, position_ids)[0]
         return cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
     out = hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden, targets = out.last_hidden_state[0][counted], targets[counted]
+    # Once: a device is waited for to learn how many there are.
+    places = counted.nonzero()[:, 0]
+    hidden, targets = out.last_hidden_state[0][places], targets[places]
     head = head_of(hf)
     if hidden.shape[0] == 0:
         # Keeps the graph, so that a rank without work takes part in the backward of the others.
@@ -125,7 +127,7 @@ def _fused_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     bias = getattr(head.projection, "bias", None)
     assert bias is None or head.scale == 1.0, "no tested family scales a head with a bias"
     loss: Tensor = liger_fused_linear_cross_entropy(
-        hidden * head.scale,
+        hidden if head.scale == 1.0 else hidden * head.scale,
         head.projection.weight,
         targets,
         bias,

@@ -68,9 +68,8 @@ class LocalJob:
         self.mark = f"osft-run-{uuid.uuid4().hex[:12]}"
         self.pytorch_job: Object | None = None
         self.pods: list[PodProcess] = []
-        name = self.job.spec.storage.checkpoints.claim_name
-        # a user's own claim is a folder, so it is always there
-        self.claim: Object | None = None if name is None else {"metadata": {"name": name}}
+        own = self.job.spec.storage.checkpoints.claim_name  # a folder, so it is always there
+        self.claim: Object | None = None if own is None else {"metadata": {"name": own}}
         self.events: list[tuple[str, str]] = []
         self._watchdog = Watchdog(self.mark)
         self._due = 0.0
@@ -166,7 +165,8 @@ class LocalJob:
         """The PyTorchJob with the conditions that the training-operator would report."""
         assert self.pytorch_job is not None
         phases = [pod.phase for pod in self.pods]
-        decisive = phases[:1] if "-master-" in self.pods[0].pod["metadata"]["name"] else phases
+        master = "Master" in self.pytorch_job["spec"]["pytorchReplicaSpecs"]
+        decisive = phases[:1] if master else phases
         kinds = {
             "Created": True,
             "Running": "Running" in phases,

@@ -70,8 +70,11 @@ def pretrain(
         optimizer.zero_grad()
         schedule.step()
         progress(step + 1, float(loss.detach()))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # under another name first: an interrupted demo leaves no half a model that is taken for whole
+    saving = folder.with_name(f"{folder.name}.new")
+    model.save_pretrained(saving)
+    tokenizer.save_pretrained(saving)
+    saving.rename(folder)
 
 
 def _fresh(skill: str, source: random.Random) -> dict:

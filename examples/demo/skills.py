@@ -50,7 +50,10 @@ def write_jsonl(path: Path, skill: str, count: int, seed: int) -> None:
     """Write chats as the trainer reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(item) + "\n" for item in samples(skill, count, seed))
-    path.write_text("".join(lines), encoding="utf-8")
+    # at once: an `osft run` in another window may be reading it
+    writing = path.with_name(f".{path.name}.new")
+    writing.write_text("".join(lines), encoding="utf-8")
+    writing.replace(path)
 
 
 def tokenizer() -> object:

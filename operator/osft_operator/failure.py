@@ -19,7 +19,6 @@ from osft_operator.status_model import FailureStatus
 from osft_trainer.report import ExitCode, Progress, Termination
 
 MAX_MESSAGE = 2048
-MAX_REASON = 64
 SAME_ROUND = datetime.timedelta(seconds=120)
 """When one rank dies the others follow within this time, so these failures have one cause."""
 

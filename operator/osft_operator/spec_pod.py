@@ -164,4 +164,5 @@ class PodTemplate(JobPart):
     """labels and annotations of the pods."""
     spec: dict[str, Any] = Field(default_factory=dict, max_length=64)
     """A PodSpec, or part of one. The trainer's container is named pytorch. What has a field of its
-    own in the OSFTJob is refused here, as is what weakens the pods' isolation."""
+    own in the OSFTJob is refused here, as is what weakens the pods' isolation. A sidecar belongs
+    into initContainers with restartPolicy Always: a pod ends when all of its containers have."""

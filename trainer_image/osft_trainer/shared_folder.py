@@ -12,7 +12,7 @@ import secrets
 import time
 from pathlib import Path
 
-from osft_trainer.agreement import any_rank, barrier, from_first_rank
+from osft_trainer.agreement import any_rank, barrier, from_first_rank, raise_together
 from osft_trainer.parallel import World
 
 PATIENCE_SECONDS = 10.0
@@ -35,15 +35,18 @@ def probe(root: Path, world: World, patience_seconds: float = PATIENCE_SECONDS) 
 
     Raises:
         ValueError: on every rank; the folder cannot be written, or ranks have different folders.
-        OSError: the disk is full or fails.
+        OSError: on every rank; the disk is full or fails.
     """
     token = from_first_rank(world, lambda: _announce(root))
     seen = world.rank == 0 or _sees(root / token, patience_seconds)
     missing = any_rank(not seen, world)
-    problem = None
+    failure: ValueError | OSError | None = None
     if seen and world.rank != 0:
-        problem = _problem(root, f"{token}-{world.rank}")
-    unwritable = any_rank(problem is not None, world)
+        try:
+            problem = _problem(root, f"{token}-{world.rank}")
+            failure = None if problem is None else ValueError(problem)
+        except OSError as error:
+            failure = error
     barrier(world)
     if world.rank == 0:
         (root / token).unlink(missing_ok=True)
@@ -53,8 +56,7 @@ def probe(root: Path, world: World, patience_seconds: float = PATIENCE_SECONDS) 
             + ("sees" if seen else "does not see")
             + " what rank 0 wrote there; mount one shared (ReadWriteMany) volume on every node"
         )
-    if unwritable:
-        raise ValueError(problem or f"ckpt_output_dir: another rank cannot write in {root}")
+    raise_together(failure, world, f"ckpt_output_dir: another rank cannot write in {root}")
 
 
 def _announce(root: Path) -> str:

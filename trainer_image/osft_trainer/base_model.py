@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -27,6 +27,7 @@ def local_folder(model_path: str) -> Path:
     Raises:
         ValueError: neither a folder with these files, nor a name that the hub gives us; or a
             configuration that cannot be read, or says that the weights are quantized.
+        ConnectionError: the hub does not answer now; trying again may help.
     """
     folder = Path(model_path)
     if not folder.is_dir():
@@ -64,6 +65,8 @@ def _from_hub(name: str) -> Path:
             f"{error}; private and gated models need HF_TOKEN"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(
+        text = (
             f"model_path: there is no folder {name!r} here, and the hub cannot be reached: {error}"
-        ) from error
+        )
+        # An outage passes; a hub that is switched off does not come back by trying again.
+        raise (ValueError if constants.HF_HUB_OFFLINE else ConnectionError)(text) from error

@@ -93,10 +93,8 @@ class Loop:
                 self._log(position, done)
             if self._after_step(batch, position):
                 saved_step = position.step
-        # The export may outlast the time that a stop leaves, or meet a full disk.
-        wanted = self.training.checkpoint_every_steps or not self.training.save_final_checkpoint
-        if any_rank(self.stop.is_set(), self.world) or wanted:
-            self._save_if_new(position, saved_step)
+        # Always: the export may be killed, meet a full disk, or outlast a stop's patience.
+        self._save_if_new(position, saved_step)
         return position, False
 
     def _batches(self, position: Position) -> Iterator[GlobalBatch]:

@@ -16,7 +16,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of the control plane on one worker, so that it starts once; the others by file."""
+    """All tests of the control plane on one worker, so that it starts once; the others by file.
+
+    The end-to-end tests come last: their operator works in every namespace, also in those in which
+    other tests reconcile themselves.
+    """
+    items.sort(key=lambda item: "operator" in getattr(item, "fixturenames", ()))
     for item in items:
         needs_plane = "control_plane" in getattr(item, "fixturenames", ())
         group = "cluster" if needs_plane else item.path.stem

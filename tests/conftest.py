@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The end-to-end tests come last: their operator works in every namespace, also in those in which
     other tests reconcile themselves.
     """
-    items.sort(key=lambda item: "operator" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: item.path.stem.startswith("test_end_to_end"))
     for item in items:
         needs_plane = "control_plane" in getattr(item, "fixturenames", ())
         group = "cluster" if needs_plane else item.path.stem

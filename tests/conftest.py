@@ -18,11 +18,19 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of the control plane on one worker, so that it starts once; the others by file.
 
-    The end-to-end tests come last: their operator works in every namespace, also in those in which
-    other tests reconcile themselves.
+    Tests of the API server alone come first: once the stand-ins for training-operator and node
+    run, every PyTorchJob gets pods. The end-to-end tests come last: their operator works in every
+    namespace.
     """
-    items.sort(key=lambda item: item.path.stem.startswith("test_end_to_end"))
+    items.sort(key=_crowd)
     for item in items:
         needs_plane = "control_plane" in getattr(item, "fixturenames", ())
         group = "cluster" if needs_plane else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _crowd(item: pytest.Item) -> int:
+    """How much is at work in the cluster once this test has started it."""
+    if item.path.stem.startswith("test_end_to_end"):
+        return 2
+    return 1 if "cluster" in getattr(item, "fixturenames", ()) else 0

@@ -21,7 +21,7 @@ demo: $(VENV)/.run       ## teach a small model a second skill, compare with pla
 
 test: $(VENV)/.dev       ## everything, with a real control plane (built once, then cached)
 	-$(BIN)/python tests/cluster/binaries.py
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/ruff format --check .

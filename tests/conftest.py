@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["cluster.fixtures", "end_to_end_fixtures"]
+
+END_TO_END, CLUSTER, REST = "end-to-end", "cluster", "rest"
+"""The crowds that tests come in. All tests of one of the first two run on one worker, in order."""
+_USES_THE_PLANE = "mark.cluster"
+"""Stands in every file with a test that asks for the control plane."""
 
 
 def pytest_configure() -> None:
@@ -15,22 +24,42 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of the control plane on one worker, so that it starts once; the others by file.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the crowds: the end-to-end tests, the others of the control plane, the rest.
 
-    Tests of the API server alone come first: once the stand-ins for training-operator and node
-    run, every PyTorchJob gets pods. The end-to-end tests come last: their operator works in every
-    namespace.
+    Each worker starts a control plane of its own when it needs one. The operator of the end-to-end
+    tests works in every namespace, so no other test may share its control plane: they come first
+    where another worker takes the other tests of the control plane, and last where none does.
+    Tests of the API server alone come before those of the whole cluster: once the stand-ins for
+    training-operator and node run, every PyTorchJob gets pods.
     """
-    items.sort(key=_crowd)
     for item in items:
-        needs_plane = "control_plane" in getattr(item, "fixturenames", ())
-        group = "cluster" if needs_plane else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        if "control_plane" in getattr(item, "fixturenames", ()):
+            assert _crowd(item.path) != REST, f"{item.path} lacks a `pytest.{_USES_THE_PLANE}`"
+    several = getattr(config, "workerinput", {}).get("workercount", 1) > 1
+    order = [END_TO_END, CLUSTER, REST] if several else [REST, CLUSTER, END_TO_END]
+    items.sort(
+        key=lambda item: (
+            order.index(_crowd(item.path)),
+            "cluster" in getattr(item, "fixturenames", ()),
+        )
+    )
 
 
-def _crowd(item: pytest.Item) -> int:
-    """How much is at work in the cluster once this test has started it."""
-    if item.path.stem.startswith("test_end_to_end"):
-        return 2
-    return 1 if "cluster" in getattr(item, "fixturenames", ()) else 0
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Give each crowd of the control plane to one worker, and share the rest by file."""
+    return _ByCrowd(config, log)
+
+
+class _ByCrowd(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        path = self.config.rootpath / nodeid.partition("::")[0]
+        crowd = _crowd(path)
+        return path.stem if crowd == REST else crowd
+
+
+@functools.cache
+def _crowd(path: Path) -> str:
+    if path.stem.startswith("test_end_to_end"):
+        return END_TO_END
+    return CLUSTER if _USES_THE_PLANE in path.read_text(encoding="utf-8") else REST

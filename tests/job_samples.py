@@ -100,6 +100,20 @@ RULES = [
         words="lower maxSeqLen or raise maxTokensPerGpu",
     ),
     Sample(
+        "split-parameterization",
+        {f"{T}.splitBy": "activations"},
+        {f"{T}.splitBy": "activations", f"{T}.parameterization": "core"},
+        T,
+        words="exact",
+    ),
+    Sample(
+        "split-others",
+        {f"{T}.splitBy": "activations", f"{T}.retentionDataPath": "/data/old.jsonl"},
+        {f"{T}.splitBy": "activations", f"{T}.otherParameters": "norms"},
+        T,
+        words="frozen",
+    ),
+    Sample(
         "mode-epoch",
         {f"{T}.numEpochs": 2},
         {f"{T}.trainingMode": "step", f"{T}.maxSteps": 3, f"{T}.numEpochs": 2},

@@ -94,14 +94,20 @@ def model_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
     return path
 
 
-def data_file(path: Path, conversations: int = 22, seed: int = 0) -> Path:
+def data_file(
+    path: Path,
+    conversations: int = 22,
+    seed: int = 0,
+    letters: str = "abcdef",
+    task: str = "reverse",
+) -> Path:
     """JSONL: reverse a word. The words differ in length, so that packing has something to do."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(conversations):
-            word = "".join(draw.choices("abcdef", k=draw.randint(2, 14)))
+            word = "".join(draw.choices(letters, k=draw.randint(2, 14)))
             turns = [
-                {"role": "user", "content": f"reverse {word}"},
+                {"role": "user", "content": f"{task} {word}"},
                 {"role": "assistant", "content": word[::-1]},
             ]
             file.write(json.dumps({"messages": turns}) + "\n")

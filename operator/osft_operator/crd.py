@@ -36,6 +36,7 @@ COLUMNS = [
     ("Ratio", "number", ".spec.training.unfreezeRankRatio", 1),
     ("Step", "integer", ".status.progress.step", 1),
     ("Tokens/s", "number", ".status.progress.tokensPerSecond", 1),
+    ("Kept", "string", ".status.retention.summary", 1),
     ("Checkpoint", "string", ".status.checkpoint.latest", 1),
     ("Reason", "string", ".status.reason", 1),
 ]

@@ -158,6 +158,20 @@ RULES = [
         "maxSeqLen must be at most maxTokensPerGpu: lower maxSeqLen or raise maxTokensPerGpu",
         ".maxSeqLen",
     ),
+    Rule(
+        TRAINING,
+        "self.splitBy != 'activations' || self.parameterization == 'exact'",
+        "splitBy activations frees directions of the inputs, only parameterization exact is made "
+        "of them: use exact",
+        ".parameterization",
+    ),
+    Rule(
+        TRAINING,
+        "self.splitBy != 'activations' || self.otherParameters == 'frozen'",
+        "other parameters would change the inputs that splitBy activations relies on: use "
+        "otherParameters frozen",
+        ".otherParameters",
+    ),
     *_limit("epoch", "numEpochs", needed=False),
     *_limit("step", "maxSteps", needed=True),
     *_limit("token", "maxTokens", needed=True),

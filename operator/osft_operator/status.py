@@ -14,8 +14,13 @@ from typing import Any
 
 from osft_operator import failure
 from osft_operator.observed import Object, Observed, find_condition, text_of
-from osft_operator.status_model import CheckpointStatus, NamedValue, ProgressStatus
-from osft_trainer.report import Progress, duration, percentage, summary
+from osft_operator.status_model import (
+    CheckpointStatus,
+    NamedValue,
+    ProgressStatus,
+    RetentionStatus,
+)
+from osft_trainer.report import Progress, Retention, duration, percentage, summary
 
 Status = dict[str, Any]
 
@@ -50,6 +55,8 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
         if progress is not None and _is_news(progress, observed, status):
             status["progress"] = _progress(progress)
             status["checkpoint"] = _checkpoint(progress)
+            if progress.retention is not None:
+                status["retention"] = _retention(progress.retention)
     return status
 
 
@@ -139,6 +146,17 @@ def _progress(progress: Progress) -> Status:
         estimated_remaining_seconds=eta,
         last_updated_time=_text(progress.last_updated_time, 32),
         metrics=list(metrics) or None,
+    ).model_dump(by_alias=True, exclude_none=True)
+
+
+def _retention(kept: Retention) -> Status:
+    before, after = (_rounded(loss, 4) or 0.0 for loss in (kept.loss_before, kept.loss_after))
+    known = kept.loss_after is not None
+    return RetentionStatus(
+        loss_before=before,
+        loss_after=after if known else None,
+        change=_rounded(kept.change, 3),
+        summary=f"{before:.4g} -> {after:.4g}" if known else f"{before:.4g}",
     ).model_dump(by_alias=True, exclude_none=True)
 
 

@@ -100,6 +100,19 @@ class ProgressStatus(Part):
     """Further numbers."""
 
 
+class RetentionStatus(Part):
+    """What became of the old skills: mean token loss on text that was never trained on."""
+
+    loss_before: float
+    """Of the base model."""
+    loss_after: float | None = None
+    """Of the trained model; absent until the end."""
+    change: float | None = None
+    """After minus before; below zero: the model got better at the old text."""
+    summary: Annotated[str, Field(max_length=64)]
+    """For instance `1.204 -> 1.207`."""
+
+
 class CheckpointStatus(Part):
     """What the run has written."""
 
@@ -161,5 +174,7 @@ class JobStatus(Part):
     """How far the run is."""
     checkpoint: CheckpointStatus | None = None
     """What the run has written."""
+    retention: RetentionStatus | None = None
+    """Loss on text of the old skills, when such text is given."""
     failure: FailureStatus | None = None
     """The last failure, also one that a restart cured."""

@@ -35,7 +35,7 @@ from osft_trainer.config import (
 )
 from osft_trainer.last_words import REPORTS_ENV, LastWords, Result
 from osft_trainer.outcome import Diverged, Preempted
-from osft_trainer.report import ExitCode
+from osft_trainer.report import ExitCode, Retention
 from osft_trainer.topology import resolve
 
 _MODELS: tuple[type[BaseModel], ...] = (TrainingParameters, RunParameters, LaunchParameters)
@@ -53,6 +53,8 @@ class OSFTResult:
     """Mean loss per counted token in the last step."""
     leak: float | None
     """Part of the update inside the kept subspaces, relative to the update."""
+    retention: Retention | None = None
+    """Mean token loss on text of the old skills before and after; None without such text."""
     already_finished: bool = False
     """Whether an earlier call had finished the run, so that nothing was trained now."""
 
@@ -206,6 +208,7 @@ def _result(result: Result) -> OSFTResult:
         steps=result.steps,
         loss=result.loss,
         leak=result.leak,
+        retention=result.retention,
         already_finished=result.already_finished,
     )
 

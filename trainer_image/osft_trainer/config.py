@@ -82,9 +82,21 @@ class TrainingParameters(Parameters):
     )
     """Regular expressions searched in module paths: which matrices are split. Absent: every linear
     layer and expert inside the decoder blocks, never lm_head, routers or gates of experts."""
-    parameterization: Literal["exact", "factored"] = "exact"
+    split_by: Literal["weights", "activations"] = "weights"
+    """What tells old knowledge from free room. weights: the strong directions of each matrix are
+    kept. activations: those that the inputs of each matrix use on text of the old skills."""
+    retention_data_path: Path | None = None
+    """Text of the skills to keep, as dataPath; never trained on. The loss on a part of it is
+    measured before and after. Absent and splitBy activations: the model writes such text itself."""
+    retention_tokens: int = Field(default=100_000, ge=1, le=1_000_000_000)
+    """Tokens of retention text that are read, or written by the model."""
+    rank_allocation: Literal["uniform", "adaptive"] = "uniform"
+    """uniform: every matrix gets the same share of free directions. adaptive: blocks that change
+    their input little, measured on retention text, keep more; the mean share stays."""
+    parameterization: Literal["exact", "core", "factored"] = "exact"
     """How the allowed update is written down. exact: one factor that spans the whole allowed set.
-    factored: the U, S, V factors of mini_trainer, for comparison."""
+    core: one square factor, a part of the set with far smaller optimizer state. factored: the U, S,
+    V factors of mini_trainer, for comparison."""
     other_parameters: Literal["frozen", "norms", "all"] = "frozen"
     """What happens to parameters that are no target: frozen, only the norms are trained, or all are
     trained as in plain fine-tuning."""
@@ -153,6 +165,20 @@ class TrainingParameters(Parameters):
             raise ValueError(
                 f"max_seq_len {self.max_seq_len} must be at most max_tokens_per_gpu "
                 f"{self.max_tokens_per_gpu}: lower max_seq_len or raise max_tokens_per_gpu"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.split_by == "activations" and self.parameterization != "exact":
+            raise ValueError(
+                f"parameterization {self.parameterization} is made of a matrix's own directions, "
+                "split_by activations of its inputs': use parameterization exact"
+            )
+        if self.split_by == "activations" and self.other_parameters != "frozen":
+            raise ValueError(
+                f"other_parameters {self.other_parameters} would change the inputs that split_by "
+                "activations relies on: use other_parameters frozen"
             )
         return self
 

@@ -19,15 +19,29 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from osft_trainer.activations import (
+    InputGroup,
+    in_passes,
+    input_groups,
+    least_used,
+    on_device,
+    second_moments,
+    used_share,
+)
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
 from osft_trainer.parallel import World
+from osft_trainer.retention import RetentionText, rows
 from osft_trainer.subspace import Split, needed_parts, split_weight
 from osft_trainer.targets import Plan, Target
 
 FORMAT_VERSION = 1
 """Part of the digest: raise it when the numbers or the files change."""
+
+_USED_SHARE = "usedShare"
+"""Entry of a file's metadata."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,29 @@ class Decompositions:
             return Split()
         return Split.from_tensors(load_file(self.path(target), device=str(weight.device)))
 
+    def used_share(self, target: Target) -> float | None:
+        """Share of the old inputs' energy in the free directions; see `activations.used_share`.
+
+        None where the split is not by activations, or nothing had to be split.
+        """
+        if self.plan.split_by != "activations" or not _parts(target, self.plan):
+            return None
+        with safe_open(self.path(target), "pt") as file:
+            return float(file.metadata()[_USED_SHARE])
+
     def path(self, target: Target) -> Path:
         """The target's file: by number, since names may be long."""
         return self.folder / f"{self.plan.targets.index(target):05d}.safetensors"
 
 
 def prepare(
-    model: nn.Module, plan: Plan, *, cache: Path, base_digest: str, world: World
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    cache: Path,
+    base_digest: str,
+    world: World,
+    retention: RetentionText | None = None,
 ) -> Decompositions:
     """Compute what is missing, each rank its share; return when all of it is there. Collective.
 
@@ -61,19 +91,26 @@ def prepare(
         cache: the run's cache folder, shared by all ranks.
         base_digest: digest of the base model's content.
         world: this process's place.
+        retention: text of the old skills; needed where the plan splits by activations.
 
     Raises:
-        ValueError: on every rank, if a weight holds NaN or infinity.
+        ValueError: on every rank, if a weight or an input holds NaN or infinity.
         OSError: on every rank, if one cannot write.
     """
-    digest = _digest(model, plan, base_digest)
+    text = retention.digest if retention is not None and plan.split_by == "activations" else ""
+    digest = _digest(model, plan, base_digest, text)
     found = Decompositions(cache / "decomposition" / digest, digest, plan)
     # The first rank looks, so that all share out the same list while files appear.
     missing = json.loads(from_first_rank(world, lambda: json.dumps(_missing(found))))
     if missing:
-        shares = shares_by_cost([_cost(plan.targets[i]) for i in missing], world.size)
-        mine = [plan.targets[missing[position]] for position in shares[world.rank]]
-        failure = _compute_all(model, found, mine, world)
+        targets = [plan.targets[number] for number in missing]
+        if plan.split_by == "activations":
+            assert retention is not None, "a split by activations has a text"
+            failure = _read_all(model, found, targets, world, retention)
+        else:
+            shares = shares_by_cost([_cost(target) for target in targets], world.size)
+            mine = [targets[position] for position in shares[world.rank]]
+            failure = _compute_all(model, found, mine, world)
         raise_together(failure, world, "model_path: another rank could not split its matrices")
     barrier(world)
     from_first_rank(world, lambda: _mark_complete(found.folder))
@@ -91,7 +128,7 @@ def shares_by_cost(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return shares
 
 
-def _digest(model: nn.Module, plan: Plan, base_digest: str) -> str:
+def _digest(model: PreTrainedModel, plan: Plan, base_digest: str, text: str) -> str:
     content = {
         "format": FORMAT_VERSION,
         "base": base_digest,
@@ -101,12 +138,17 @@ def _digest(model: nn.Module, plan: Plan, base_digest: str) -> str:
             for t in plan.targets
         ],
     }
+    if plan.split_by == "activations":
+        content |= {"split_by": plan.split_by, "text": text}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _parts(target: Target, plan: Plan) -> frozenset[str]:
-    rows, cols = target.shape[-2:]
-    return needed_parts(rows, cols, target.free_rank, plan.parameterization)
+    height, width = target.shape[-2:]
+    if plan.split_by == "activations":
+        bases = frozenset({"free_rows" if target.kind == "conv1d" else "free_cols"})
+        return bases if target.kept_rank and target.free_rank else frozenset()
+    return needed_parts(height, width, target.free_rank, plan.parameterization)
 
 
 def _cost(target: Target) -> float:
@@ -137,7 +179,7 @@ def _holds(path: Path, parts: frozenset[str]) -> bool:
 
 
 def _compute_all(
-    model: nn.Module, found: Decompositions, targets: Sequence[Target], world: World
+    model: PreTrainedModel, found: Decompositions, targets: Sequence[Target], world: World
 ) -> ValueError | OSError | None:
     """Write the targets' files; None, or why it stopped."""
     for target in targets:
@@ -150,18 +192,72 @@ def _compute_all(
     return None
 
 
-def _compute(model: nn.Module, found: Decompositions, target: Target, world: World) -> None:
+def _compute(model: PreTrainedModel, found: Decompositions, target: Target, world: World) -> None:
     """Write one target's file."""
     weight = model.get_parameter(target.parameter).detach().to(world.device)
     split = split_weight(weight, target.free_rank, found.plan.parameterization)
-    path = found.path(target)
-    temporary = path.with_name(f".{path.name}.{world.rank}")
-    save_file({name: part.cpu() for name, part in split.to_tensors().items()}, temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
+    _save(found.path(target), split.to_tensors(), world)
     if world.device.type == "cuda":
         # The next matrix may have another shape; cached blocks of this one would add up.
         torch.cuda.empty_cache()
+
+
+def _read_all(
+    model: PreTrainedModel,
+    found: Decompositions,
+    targets: Sequence[Target],
+    world: World,
+    retention: RetentionText,
+) -> ValueError | OSError | None:
+    """Write the targets' files from what the model sees on the text; None, or why it stopped.
+
+    Every rank reads the whole text for its share of the matrices: nothing has to be added up over
+    ranks, so any number of them leaves the same files.
+    """
+    try:
+        with on_device(model, world):
+            text = list(rows(retention.read))
+            groups = [g for g in input_groups(model, found.plan, text[0]) if _any_of(g, targets)]
+            shares = shares_by_cost([float(g.width) ** 3 for g in groups], world.size)
+            for batch in in_passes([groups[position] for position in sorted(shares[world.rank])]):
+                _read(model, found, batch, text, list(rows(retention.checked)), world)
+    except ValueError as error:
+        return error
+    except (OSError, SafetensorError) as error:
+        return OSError(f"{found.folder}: {error}")
+    return None
+
+
+def _any_of(group: InputGroup, targets: Sequence[Target]) -> bool:
+    return any(target in targets for target in group.targets)
+
+
+def _read(
+    model: PreTrainedModel,
+    found: Decompositions,
+    groups: Sequence[InputGroup],
+    text: Sequence[tuple[Tensor, Tensor]],
+    checked: Sequence[tuple[Tensor, Tensor]],
+    world: World,
+) -> None:
+    """Write the files of some groups' targets, each with what it says about the old inputs."""
+    moments = second_moments(model, groups, text)
+    bases = [least_used(moment, g.rank) for g, moment in zip(groups, moments, strict=True)]
+    shares = used_share(model, groups, bases, checked)
+    for group, basis, share in zip(groups, bases, shares, strict=True):
+        for target in group.targets:
+            (name,) = _parts(target, found.plan)
+            part = basis.mT.contiguous() if name == "free_rows" else basis
+            _save(found.path(target), {name: part}, world, {_USED_SHARE: repr(share)})
+
+
+def _save(
+    path: Path, parts: dict[str, Tensor], world: World, facts: dict[str, str] | None = None
+) -> None:
+    temporary = path.with_name(f".{path.name}.{world.rank}")
+    save_file({name: part.cpu() for name, part in parts.items()}, temporary, metadata=facts)
+    _sync(temporary)
+    os.replace(temporary, path)
 
 
 def _mark_complete(folder: Path) -> str:

@@ -63,6 +63,18 @@ def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
     return cast(Tensor, out.logits)[mask.bool()][None]
 
 
+def packed_hidden(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
+    """Run the decoder alone, for whoever listens to its modules: no logits.
+
+    No padding is run through it either: a family that cannot be packed gets its samples one by one.
+    """
+    if hf.config.model_type in PACKED_FAMILIES:
+        hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return
+    for sample in input_ids[0].tensor_split(_starts(position_ids)[1:]):
+        hf.base_model(input_ids=sample[None], use_cache=False)
+
+
 def packed_loss(
     hf: PreTrainedModel,
     input_ids: Tensor,
@@ -137,11 +149,15 @@ def _fused_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     return loss.float()
 
 
+def _starts(position_ids: Tensor) -> list[int]:
+    """Where the samples of a packed row begin."""
+    starts: list[int] = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return starts if starts and starts[0] == 0 else [0, *starts]
+
+
 def _unpack(input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cut a packed row into a right-padded batch and its attention mask, [samples, longest]."""
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    if not starts or starts[0] != 0:
-        starts = [0, *starts]
+    starts = _starts(position_ids)
     ends = [*starts[1:], input_ids.shape[1]]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     batch = input_ids.new_zeros(len(lengths), max(lengths))

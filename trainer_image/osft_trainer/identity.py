@@ -37,6 +37,7 @@ NOT_IN_FINGERPRINT = frozenset(
         "model_path",
         "data_path",
         "ckpt_output_dir",
+        "retention_data_path",
         # How the work is cut and computed; the mathematics is the same.
         "max_tokens_per_gpu",
         "use_liger",
@@ -106,7 +107,9 @@ def data_digest(data_path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(training: TrainingParameters, data: str, model: str) -> Fingerprint:
+def fingerprint(
+    training: TrainingParameters, data: str, model: str, retention: str | None = None
+) -> Fingerprint:
     """The identity of a training: both contents, and every parameter that is not default.
 
     Defaults are left out so that a parameter added later does not make old runs foreign.
@@ -115,7 +118,10 @@ def fingerprint(training: TrainingParameters, data: str, model: str) -> Fingerpr
     if training.training_mode == "epoch" and training.num_epochs == 1:
         del given["num_epochs"]
     counted = {name: given[name] for name in sorted(given) if name not in NOT_IN_FINGERPRINT}
-    return Fingerprint({"data": data, "model": model, **counted})
+    contents = {"data": data, "model": model}
+    if retention is not None:
+        contents["retention"] = retention
+    return Fingerprint({**contents, **counted})
 
 
 def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
@@ -230,6 +236,10 @@ def _settle_other_run(
     raise ValueError("\n".join(lines))
 
 
+_CONTENTS = {"data": "data_path", "model": "model_path", "retention": "retention_data_path"}
+"""Parts of a fingerprint that are digests, with the parameter that names what is digested."""
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One line per part that is not equal, in words."""
     lines = []
@@ -237,8 +247,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         old, new = (_shown(parts, name) for parts in (there, here))
         if old == new:
             continue
-        if name in ("data", "model"):
-            lines.append(f"{name}: the content of {name}_path differs")
+        if name in _CONTENTS:
+            lines.append(f"{name}: the content of {_CONTENTS[name]} differs")
         else:
             lines.append(f"{name}: {old} there, {new} here")
     return lines or ["its fingerprint (recorded by another version of the trainer)"]

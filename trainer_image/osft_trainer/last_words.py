@@ -20,6 +20,7 @@ from osft_trainer.report import (
     Document,
     ExitCode,
     Progress,
+    Retention,
     RunFolder,
     Termination,
     read_document,
@@ -41,6 +42,7 @@ class Result(Document):
     steps: int = 0
     loss: float | None = None
     leak: float | None = None
+    retention: Retention | None = None
     already_finished: bool = False
 
     @classmethod
@@ -52,6 +54,7 @@ class Result(Document):
             steps=result.steps,
             loss=result.loss,
             leak=result.leak,
+            retention=result.retention,
             already_finished=result.already_finished,
         )
 

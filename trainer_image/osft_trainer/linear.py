@@ -13,6 +13,8 @@ set is linear and is parameterised with W untouched and trainable factors that s
     square    U_0 F V_0            F: r x r            none (also `core` on any shape)
     tall      F V_0                F: rows x r         U_h^T F = 0
     wide      U_0 F                F: r x cols         F V_h^T = 0
+    right     F V_0                F: rows x r         none: split by the inputs, only dW V_h^T = 0
+    left      U_0 F                F: r x cols         none: the same where inputs are rows
     factored  U S V - U_0 S_0 V_0  U, S, V             U_h^T U = 0 and V V_h^T = 0
 
 The effective weight W + dW is formed once per optimizer step (`refresh`), in the base's dtype.
@@ -136,22 +138,16 @@ class SubspaceWeight(nn.Module):
         """Largest share of the update that touches kept directions, in float64; 0 without update.
 
         max(|U_h^T dW|, |dW V_h^T|) / |dW| (Frobenius). Where a kept basis is not stored, the kept
-        part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. Collective when sharded.
+        part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. A split by the inputs keeps
+        directions on one side only. Collective when sharded.
         """
         delta = self._whole_delta(torch.float64)
         total = delta.norm()
-        if self.form == "dense" or total == 0:
+        if total == 0:
             return 0.0
-        if self.kept_rows is not None:
-            rows = full(self.kept_rows).double().mT @ delta
-        else:
-            free = full(_present(self.free_rows)).double()
-            rows = delta - free @ (free.mT @ delta)
-        if self.kept_cols is not None:
-            cols = delta @ full(self.kept_cols).double().mT
-        else:
-            free = full(_present(self.free_cols)).double()
-            cols = delta - (delta @ free.mT) @ free
+        rows = _kept_part(self.kept_rows, self.free_rows, delta)
+        # The other side is the same of the transposed.
+        cols = _kept_part(_transposed(self.kept_cols), _transposed(self.free_cols), delta.mT)
         return float(torch.maximum(rows.norm(), cols.norm()) / total)
 
     def _near_parts(self) -> list[Tensor]:
@@ -212,11 +208,28 @@ class SubspaceLinear(nn.Module):
 def _form(weight: Tensor, split: Split, rank: int, parameterization: str) -> str:
     if parameterization == "factored":
         return "factored"
-    if rank == min(weight.shape[-2:]):
-        return "dense"
     if split.free_rows is not None and split.free_cols is not None:
         return "square"
-    return "tall" if split.free_rows is None else "wide"
+    if split.free_rows is not None:
+        return "left" if split.kept_cols is None else "wide"
+    if split.free_cols is not None:
+        return "right" if split.kept_rows is None else "tall"
+    assert rank >= min(weight.shape[-2:]), "without bases every direction is free"
+    return "dense"
+
+
+def _transposed(part: Tensor | None) -> Tensor | None:
+    return None if part is None else full(part).mT
+
+
+def _kept_part(kept: Tensor | None, free: Tensor | None, delta: Tensor) -> Tensor:
+    """What an update has in the kept directions of its rows; nothing where no basis is there."""
+    if kept is not None:
+        return full(kept).double().mT @ delta
+    if free is None:
+        return delta.new_zeros(())
+    basis = full(free).double()
+    return delta - basis @ (basis.mT @ delta)
 
 
 def _frozen(part: Tensor | None) -> nn.Parameter | None:

@@ -198,6 +198,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
 def decompose_weight(plan: Plan) -> Decompose:
     """The provider without a cache: decompose on the weight's device in float64."""
+    assert plan.split_by == "weights", "activations are read by `decomposition.prepare`"
 
     def decompose(target: Target, weight: Tensor) -> Split:
         return split_weight(weight, target.free_rank, plan.parameterization)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from osft_trainer.report import Retention
+
 
 class Diverged(RuntimeError):
     """Loss or gradient is no finite number any more; a retry would end the same way."""
@@ -35,5 +37,7 @@ class TrainResult:
     """Mean loss per counted token in the last step; None when there was no step."""
     leak: float | None
     """Part of the update inside the kept subspaces, relative to the update; see `linear`."""
+    retention: Retention | None = None
+    """Loss on text of the old skills before and after; None without such text."""
     already_finished: bool = False
     """Whether an earlier call had finished the run, so that nothing was trained now."""

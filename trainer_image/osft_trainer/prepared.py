@@ -9,6 +9,8 @@ offsets.npy int64 [samples + 1] (sample i is offsets[i]:offsets[i + 1]), loss_co
 [samples], meta.json, and COMPLETE, written last.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,37 @@ class PreparedData:
         ids = torch.from_numpy(self._ids[part].astype(np.int64))
         mask = torch.from_numpy(np.array(self._mask[part]))
         return ids, ids.masked_fill(~mask, NO_LOSS)
+
+    def whole(self) -> PreparedPart:
+        """All samples, as something that parts can be taken of."""
+        return PreparedPart(self, np.arange(len(self)))
+
+
+class PreparedPart:
+    """Some samples of prepared data, in an order of their own; read like the whole."""
+
+    def __init__(self, data: PreparedData, indices: npt.NDArray[np.int64]) -> None:
+        """`indices`: positions in `data`."""
+        self._data = data
+        self._indices = indices
+        self.lengths = data.lengths[indices]
+        self.loss_counts = data.loss_counts[indices]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._indices)
+
+    def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `PreparedData.sample`."""
+        return self._data.sample(int(self._indices[index]))
+
+    def part(self, indices: npt.NDArray[np.int64]) -> PreparedPart:
+        """Some of these samples; `indices`: positions among them."""
+        return PreparedPart(self._data, self._indices[indices])
+
+
+Samples = PreparedData | PreparedPart
+"""What can be packed and measured."""
 
 
 def open_prepared(folder: str | Path) -> PreparedData:

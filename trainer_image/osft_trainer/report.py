@@ -86,6 +86,20 @@ class Metric(Document):
     value: Annotated[str, Field(max_length=64)]
 
 
+class Retention(Document):
+    """What became of the old skills: the mean token loss on text that was never trained on."""
+
+    loss_before: float
+    """Of the base model."""
+    loss_after: float | None = None
+    """Of the trained model; absent until the end."""
+
+    @property
+    def change(self) -> float | None:
+        """After minus before; below zero: the model got better at the old text."""
+        return None if self.loss_after is None else self.loss_after - self.loss_before
+
+
 class Progress(Document):
     """How far the run is. Names follow Kubeflow's TrainJob status where the meaning is equal."""
 
@@ -123,6 +137,8 @@ class Progress(Document):
     """Its optimizer step."""
     final: Text | None = None
     """Folder of the trained model, once complete."""
+    retention: Retention | None = None
+    """Loss on text of the old skills; absent when none is given."""
     metrics: list[Metric] = Field(default_factory=list, max_length=64)
     """Further numbers."""
 

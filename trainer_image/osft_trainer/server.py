@@ -93,6 +93,12 @@ def _metric_lines(progress: Progress) -> Iterator[str]:
         updated = datetime.fromisoformat(progress.last_updated_time).timestamp()
         text = "When these numbers last changed, Unix time in seconds."
         yield from _gauge("last_updated_timestamp_seconds", text, [({}, updated)])
+    if progress.retention is not None:
+        kept = progress.retention
+        losses = [({"model": "base"}, kept.loss_before)]
+        if kept.loss_after is not None:
+            losses.append(({"model": "trained"}, kept.loss_after))
+        yield from _gauge("retention_loss", "Mean token loss on text of the old skills.", losses)
     further = [
         ({"name": metric.name}, number)
         for metric in progress.metrics

@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from osft_trainer.subspace import PARAMETERIZATIONS, free_rank
 
 OTHER_PARAMETERS = ("frozen", "norms", "all")
+_LEAST_KEPT = 0.1
+"""Share of a matrix that is kept however little its block matters."""
+SPLITS = ("weights", "activations")
 
 _ROUTER_LEAVES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 """Last path component of what picks experts. `gate_proj` of an MLP is not among them."""
@@ -51,6 +54,8 @@ class Plan:
 
     unfreeze_rank_ratio: float
     parameterization: str
+    split_by: str
+    """weights: kept are the strong directions of the matrix; activations: those of its inputs."""
     other_parameters: str
     targets: tuple[Target, ...]
     trained_others: tuple[str, ...]
@@ -83,6 +88,8 @@ def plan_targets(
     parameterization: str = "exact",
     target_patterns: Sequence[str] | None = None,
     other_parameters: str = "frozen",
+    split_by: str = "weights",
+    importance: Sequence[float] | None = None,
 ) -> Plan:
     """Choose targets and ranks.
 
@@ -94,12 +101,18 @@ def plan_targets(
             the decoder blocks. Routers, gates of experts, embeddings and heads are never taken.
         other_parameters: frozen, norms (norm weights are trained), or all (everything but
             routers: no balancing loss is added, so trained routers could collapse).
+        split_by: weights, or activations: of each matrix the least used directions of its inputs
+            are trained, whatever its outputs.
+        importance: one number a decoder block, 1 in the mean; see `adaptive_ratios`. None frees
+            the same share of every matrix.
 
     Raises:
-        ValueError: for an unknown choice, a bad pattern, no decoder blocks, or no match.
+        ValueError: for an unknown choice, a bad pattern, no decoder blocks, or no match; for
+            experts where the split is by activations.
     """
     _check_choice("parameterization", parameterization, PARAMETERIZATIONS)
     _check_choice("other_parameters", other_parameters, OTHER_PARAMETERS)
+    _check_choice("split_by", split_by, SPLITS)
     patterns = None if target_patterns is None else _compile(target_patterns)
     found = list(_candidates(model))
     chosen = [c for c in found if patterns is None or any(p.search(c[0]) for p in patterns)]
@@ -109,10 +122,16 @@ def plan_targets(
             f"target_patterns: {list(target_patterns or [])} match no matrix of the decoder blocks;"
             f" paths look like: {some}"
         )
-    targets = tuple(
-        _target(name, module, kind, parameter, shape, unfreeze_rank_ratio, parameterization)
-        for name, module, kind, parameter, shape in chosen
-    )
+    if split_by == "activations":
+        _check_inputs_are_seen(chosen)
+    make = _target_by_inputs if split_by == "activations" else _target
+    ratios = adaptive_ratios(unfreeze_rank_ratio, importance) if importance else None
+    prefix, _ = decoder_blocks(model)
+
+    def ratio_of(name: str) -> float:
+        return ratios[_block_number(name, prefix)] if ratios else unfreeze_rank_ratio
+
+    targets = tuple(make(*found, ratio_of(found[0]), parameterization) for found in chosen)
     taken = {target.parameter for target in targets}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     rest = [name for name in sizes if name not in taken]
@@ -120,6 +139,7 @@ def plan_targets(
     return Plan(
         unfreeze_rank_ratio=float(unfreeze_rank_ratio),
         parameterization=parameterization,
+        split_by=split_by,
         other_parameters=other_parameters,
         targets=targets,
         trained_others=trained,
@@ -127,6 +147,18 @@ def plan_targets(
         trainable=sum(t.trainable for t in targets) + sum(sizes[name] for name in trained),
         total=sum(sizes.values()),
     )
+
+
+def adaptive_ratios(unfreeze_rank_ratio: float, importance: Sequence[float]) -> list[float]:
+    """Free share of each decoder block: the more a block matters, the more of it is kept.
+
+    Kept share of block l = m + I_l (t - m), with t = 1 - unfreeze_rank_ratio the mean, m = 0.1 the
+    least, and I_l the block's importance, 1 in the mean (Nayak et al., 2025, section 3.3); cut off
+    at 0 and 1.
+    """
+    mean = 1 - unfreeze_rank_ratio
+    least = min(_LEAST_KEPT, mean)
+    return [min(1.0, max(0.0, 1 - (least + one * (mean - least)))) for one in importance]
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -176,6 +208,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, str, str, str, tuple[in
                 yield full, path, "experts", full, tuple(parameter.shape)
 
 
+def _block_number(name: str, prefix: str) -> int:
+    return int(name.removeprefix(f"{prefix}.").partition(".")[0])
+
+
 def _target(
     name: str,
     module: str,
@@ -191,6 +227,31 @@ def _target(
     batch = prod(shape[:-2])
     trainable = batch * _factor_size(rows, cols, rank, parameterization)
     return Target(name, module, parameter, kind, shape, full - rank, rank, trainable)
+
+
+def _target_by_inputs(
+    name: str,
+    module: str,
+    kind: str,
+    parameter: str,
+    shape: tuple[int, ...],
+    ratio: float,
+    parameterization: str,
+) -> Target:
+    """A target whose directions are those of its input, all of them, also of a wide matrix."""
+    outputs, width = reversed(shape) if kind == "conv1d" else shape
+    rank = width if parameterization == "dense" else free_rank(width, width, ratio)
+    return Target(name, module, parameter, kind, shape, width - rank, rank, rank * outputs)
+
+
+def _check_inputs_are_seen(chosen: Sequence[tuple[str, str, str, str, tuple[int, ...]]]) -> None:
+    experts = [name for name, _, kind, *_ in chosen if kind == "experts"]
+    if experts:
+        raise ValueError(
+            f"split_by: activations needs to see the inputs of every target, those of experts "
+            f"({experts[0]}, ...) are hidden in their module: set split_by to weights, or give "
+            r"target_patterns without them, for example ['self_attn\.']"
+        )
 
 
 def _factor_size(rows: int, cols: int, rank: int, parameterization: str) -> int:

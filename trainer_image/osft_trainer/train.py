@@ -21,6 +21,7 @@ from osft_trainer.arguments import TrainerArguments
 from osft_trainer.assembly import build_model, prepare_data
 from osft_trainer.checkpoint import Checkpoints, Position, State, mark_complete
 from osft_trainer.config import TrainingParameters
+from osft_trainer.evaluation import mean_loss
 from osft_trainer.export import OSFT_FILE, export_hf
 from osft_trainer.identity import Claim, check_owner
 from osft_trainer.loop import Loop
@@ -31,7 +32,8 @@ from osft_trainer.packing import batches_per_epoch
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
-from osft_trainer.report import RunFolder, metric_lines
+from osft_trainer.report import Retention, RunFolder, metric_lines
+from osft_trainer.retention import RetentionText
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.tracking import Tracker, start_wandb
 
@@ -71,7 +73,7 @@ def train(
     # Before the model is read: a wrong schedule shall not cost minutes.
     rates = learning_rates(training, steps)
     reporter.update(total_steps=steps, total_epochs=run.total_epochs(steps, prepared))
-    model, digest = build_model(
+    model, digest, text = build_model(
         training,
         folder,
         world,
@@ -79,6 +81,8 @@ def train(
         prepared=prepared,
         steps=steps,
     )
+    # Before a state is loaded: of the base model, also when the run goes on.
+    before = run.retention_loss(model, text)
     state = run.state(model, digest)
     checkpoints = run.checkpoints()
     start = run.resume(model, state, checkpoints)
@@ -98,7 +102,7 @@ def train(
             export_epoch=run.export_epoch,
         )
         end, stopped = loop.run(start)
-        return run.finish(model, start, end, stopped)
+        return run.finish(model, start, end, stopped, text, before)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,29 @@ class _Run:
         steps, loss = (int(rows[-1]["step"]), rows[-1]["loss"]) if rows else (0, None)
         self.say("the run is finished already: %s", final)
         self.reporter.update(phase="Done", step=steps, loss=loss, final=str(final))
-        return TrainResult(final, steps, loss, self._leak_of_export(), already_finished=True)
+        leak, retention = self._told_by_export()
+        return TrainResult(final, steps, loss, leak, retention, already_finished=True)
+
+    def retention_loss(
+        self, model: OSFTModel, text: RetentionText | None, before: Retention | None = None
+    ) -> Retention | None:
+        """Loss on the text of the old skills; of the base model where none is known before."""
+        if text is None:
+            return None
+        loss = mean_loss(
+            model,
+            text.judged,
+            max_tokens_per_gpu=self.training.max_tokens_per_gpu,
+            world=self.world,
+        )
+        if before is None:
+            found = Retention(loss_before=loss)
+            self.say("loss on retention text: %.4f before the training", loss)
+        else:
+            found = before.model_copy(update={"loss_after": loss})
+            self.say("loss on retention text: %.4f before, %.4f after", before.loss_before, loss)
+        self.reporter.update(retention=found)
+        return found
 
     def total_epochs(self, steps: int | None, prepared: PreparedData) -> float | None:
         """Passes over the data of the whole run."""
@@ -178,39 +204,54 @@ class _Run:
         return made[0] if made else contextlib.nullcontext()
 
     def finish(
-        self, model: OSFTModel, start: Position, end: Position, stopped: bool
+        self,
+        model: OSFTModel,
+        start: Position,
+        end: Position,
+        stopped: bool,
+        text: RetentionText | None,
+        before: Retention | None,
     ) -> TrainResult:
         """Write the model of a run that reached its end; a run without end is whole at any stop."""
         endless = self.training.training_mode == "infinite"
         final = None
+        retention = before
+        if not stopped or (endless and end.step > 0):
+            retention = self.retention_loss(model, text, before)
         if (not stopped or (endless and end.step > 0)) and self.training.save_final_checkpoint:
             final = self.folder.final
             self.reporter.update(phase="Saving")
-            self._export(model, final, end)
+            self._export(model, final, end, retention)
         if stopped:
             raise Preempted(
                 f"stopped after step {end.step}; "
                 + ("the state is saved and the run can go on" if end.step else "nothing was done")
             )
-        leak = model.leak() if final is None else self._leak_of_export()
+        leak = model.leak() if final is None else self._told_by_export()[0]
         self.reporter.update(phase="Done", final=None if final is None else str(final))
-        return TrainResult(final, end.step, end.loss, leak, already_finished=end == start)
+        return TrainResult(
+            final, end.step, end.loss, leak, retention, already_finished=end == start
+        )
 
     def export_epoch(self, model: OSFTModel, position: Position) -> None:
         """Write the model at the end of an epoch to exports/."""
         self._export(model, self.folder.export_of_epoch(position.epoch + 1), position)
 
-    def _export(self, model: OSFTModel, out: Path, position: Position) -> None:
+    def _export(
+        self, model: OSFTModel, out: Path, position: Position, retention: Retention | None = None
+    ) -> None:
         training = self.training
         from_first_rank(self.world, self._owner_is_checked)
         dtype = None if training.save_dtype is None else getattr(torch, training.save_dtype)
-        facts = {
+        facts: dict[str, object] = {
             "run_id": self.claim.run_id,
             "fingerprint": self.claim.fingerprint,
             "steps": position.step,
             "loss": position.loss,
             "loss_tokens": position.loss_tokens,
         }
+        if retention is not None:
+            facts["retention"] = retention.model_dump(by_alias=True, exclude_none=True)
         export_hf(
             model,
             training.model_path,
@@ -230,9 +271,9 @@ class _Run:
         self._check_owner()
         return ""
 
-    def _leak_of_export(self) -> float | None:
-        """As the export has measured it, given to every rank."""
+    def _told_by_export(self) -> tuple[float | None, Retention | None]:
+        """Leak and retention as the export has them, given to every rank."""
         path = self.folder.final / OSFT_FILE
-        text = from_first_rank(self.world, lambda: path.read_text(encoding="utf-8"))
-        leak: float | None = json.loads(text).get("leak")
-        return leak
+        told = json.loads(from_first_rank(self.world, lambda: path.read_text(encoding="utf-8")))
+        kept = told.get("retention")
+        return told.get("leak"), None if kept is None else Retention.model_validate(kept)

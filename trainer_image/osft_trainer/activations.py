@@ -1,0 +1,284 @@
+"""Free directions read off what a model's matrices see, instead of off the matrices.
+
+Lives here: which targets are fed by one tensor, the second moments of these inputs over a text, and
+the directions that the text uses least. Called by `decomposition` on the loaded model before
+`convert`, and by the benchmark. Must never: change the model, choose ranks (`targets` does), or
+read files.
+
+A matrix W with inputs x gives W x. An update dW = F V_0, whose rows V_0 are orthonormal directions
+that no x of the old text uses, leaves every W x of it as it is: dW x = F (V_0 x) = 0, layer after
+layer, since then the next layer's inputs are the old ones, too. V_0 are the eigenvectors of
+C = sum of x x^T with the smallest eigenvalues. The idea is that of Gradient Projection Memory (Saha
+et al., 2021, section 4) and Adam-NSCL (Wang et al., 2021), put into OSFT's form: the update is
+parameterised in the free space instead of projected into it.
+
+C is summed in float64: a few channels of language models are thousands of times larger than the
+rest, and float32 would round away what lies below 1e-7 of their squares. At most
+`MOMENT_BYTES` of C exist at one time; the text is read again for the next matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from osft_trainer.forward import packed_hidden
+from osft_trainer.parallel import World
+from osft_trainer.targets import Plan, Target, decoder_blocks
+
+MOMENT_BYTES = 4 * 2**30
+"""Most that second moments hold at one time, unless a single matrix needs more: a 14336-wide input
+needs 1.6 GB."""
+
+_ROWS_AT_ONCE = 4096
+"""Inputs turned into float64 together."""
+
+Row = tuple[Tensor, Tensor]
+"""input_ids and position_ids, [1, T] each, as `forward` packs samples."""
+
+_Sink = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Targets that one and the same tensor is fed to: they share their free directions."""
+
+    targets: tuple[Target, ...]
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose input stands for all."""
+        return self.targets[0].module
+
+    @property
+    def width(self) -> int:
+        """Length of the input."""
+        return self.targets[0].kept_rank + self.targets[0].free_rank
+
+    @property
+    def rank(self) -> int:
+        """Number of free directions."""
+        return self.targets[0].free_rank
+
+
+class _Reached(Exception):
+    """The last input that is wanted was seen."""
+
+
+def input_groups(hf: PreTrainedModel, plan: Plan, row: Row) -> list[InputGroup]:
+    """Find which targets share their input, by watching one forward pass of a short row.
+
+    In the order in which the pass reaches them; targets without free or without kept directions
+    are left out, they need no bases.
+
+    Raises:
+        ValueError: if a target took no part in the pass.
+    """
+    wanted = [t for t in plan.targets if t.free_rank and t.kept_rank]
+    seen: list[tuple[Tensor, list[Target]]] = []
+
+    def look(target: Target) -> _Sink:
+        def sink(x: Tensor) -> None:
+            # Held tensors keep their identity: a freed one's place could be another's.
+            for held, members in seen:
+                if held is x:
+                    members.append(target)
+                    return
+            seen.append((x, [target]))
+
+        return sink
+
+    _watch(hf, {t.module: look(t) for t in wanted}, [row], until=None)
+    groups = [InputGroup(tuple(members)) for _, members in seen]
+    reached = {t.name for group in groups for t in group.targets}
+    unreached = [t.name for t in wanted if t.name not in reached]
+    if unreached:
+        raise ValueError(
+            f"split_by: activations never saw an input of {unreached[0]}: leave it out by "
+            "target_patterns, or set split_by to weights"
+        )
+    return groups
+
+
+def in_passes(groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:
+    """Runs of groups whose second moments fit into `MOMENT_BYTES` together."""
+    held: list[InputGroup] = []
+    for group in groups:
+        if held and sum(8 * g.width**2 for g in [*held, group]) > MOMENT_BYTES:
+            yield held
+            held = []
+        held.append(group)
+    if held:
+        yield held
+
+
+@torch.no_grad()
+def second_moments(
+    hf: PreTrainedModel, groups: Sequence[InputGroup], rows: Sequence[Row]
+) -> list[Tensor]:
+    """Sum of x x^T over all inputs of the rows, one [width, width] float64 a group."""
+    sums = [torch.zeros(g.width, g.width, dtype=torch.float64, device=hf.device) for g in groups]
+
+    def add(total: Tensor) -> _Sink:
+        def sink(x: Tensor) -> None:
+            for part in torch.split(x.flatten(0, -2), _ROWS_AT_ONCE):
+                exact = part.double()
+                total.addmm_(exact.mT, exact)
+
+        return sink
+
+    sinks = {g.module: add(total) for g, total in zip(groups, sums, strict=True)}
+    _watch(hf, sinks, rows, until=groups[-1].module)
+    return sums
+
+
+@torch.no_grad()
+def least_used(moment: Tensor, rank: int) -> Tensor:
+    """V_0: the `rank` orthonormal directions with the smallest eigenvalues of a second moment.
+
+    Returns:
+        [rank, width], float32, contiguous; signs are fixed (largest entry of a row is positive).
+
+    Raises:
+        ValueError: if the moment holds NaN or infinity.
+    """
+    if not torch.isfinite(moment).all():
+        raise ValueError(
+            "an input holds NaN or infinity on the retention text; check the model's weights"
+        )
+    _, vectors = torch.linalg.eigh(moment)
+    free = vectors[:, :rank].mT
+    largest = torch.gather(free, 1, free.abs().argmax(dim=1, keepdim=True))
+    signed: Tensor = (free * largest.sign()).float().contiguous()
+    return signed
+
+
+@torch.no_grad()
+def used_share(
+    hf: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    bases: Sequence[Tensor],
+    rows: Sequence[Row],
+) -> list[float]:
+    """Share of the inputs' energy that lies in the free directions: |V_0 x|^2 over |x|^2, summed.
+
+    On text that the directions were not read off it says how much of the old an update can touch;
+    `bases` are the groups' V_0.
+    """
+    sums = [torch.zeros(2, dtype=torch.float64, device=hf.device) for _ in groups]
+
+    def add(total: Tensor, basis: Tensor) -> _Sink:
+        exact = basis.to(hf.device, torch.float64)
+
+        def sink(x: Tensor) -> None:
+            for part in torch.split(x.flatten(0, -2), _ROWS_AT_ONCE):
+                inputs = part.double()
+                total[0] += (inputs @ exact.mT).square().sum()
+                total[1] += inputs.square().sum()
+
+        return sink
+
+    sinks = {
+        g.module: add(total, basis) for g, total, basis in zip(groups, sums, bases, strict=True)
+    }
+    _watch(hf, sinks, rows, until=groups[-1].module)
+    return [float(used / max(float(total), 1e-300)) for used, total in sums]
+
+
+@torch.no_grad()
+def block_importance(hf: PreTrainedModel, rows: Sequence[Row]) -> list[float]:
+    """How much each decoder block passes on of what it is given, 1 in the mean.
+
+    The mean over tokens of the cosine between a block's input and output, divided by the mean over
+    blocks (Nayak et al., 2025, section 3.3).
+
+    Raises:
+        ValueError: if the blocks turn their inputs around so that the mean is not above zero.
+    """
+    _, blocks = decoder_blocks(hf)
+    sums = torch.zeros(len(blocks), dtype=torch.float64, device=hf.device)
+    tokens = 0
+
+    def add(number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            before, after = (x.flatten(0, -2).double() for x in (inputs[0], out))
+            sums[number] += torch.cosine_similarity(before, after, dim=-1).sum()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(hf))
+        for number, block in enumerate(blocks):
+            handle = block.register_forward_hook(add(number))
+            stack.callback(handle.remove)
+        for input_ids, position_ids in rows:
+            tokens += input_ids.numel()
+            packed_hidden(hf, input_ids.to(hf.device), position_ids.to(hf.device))
+    means = (sums / tokens).tolist()
+    mean = sum(means) / len(means)
+    if mean <= 0:
+        raise ValueError(
+            "rank_allocation: adaptive finds no block that passes its input on; use uniform"
+        )
+    return [one / mean for one in means]
+
+
+@contextmanager
+def on_device(hf: PreTrainedModel, world: World) -> Iterator[None]:
+    """The whole model on this rank's device, to be run before it is sharded.
+
+    A model that does not fit there whole can only be split by its weights.
+    """
+    before = hf.device
+    hf.to(world.device)
+    try:
+        yield
+    finally:
+        hf.to(before)
+
+
+def _watch(
+    hf: PreTrainedModel, sinks: dict[str, _Sink], rows: Sequence[Row], until: str | None
+) -> None:
+    """Run the decoder over the rows and hand the inputs of modules to their sinks."""
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_evaluating(hf))
+        for path, sink in sinks.items():
+            stack.enter_context(_listening(hf.get_submodule(path), sink, last=path == until))
+        for input_ids, position_ids in rows:
+            try:
+                packed_hidden(hf, input_ids.to(hf.device), position_ids.to(hf.device))
+            except _Reached:
+                continue
+
+
+@contextmanager
+def _listening(module: nn.Module, sink: _Sink, last: bool) -> Iterator[None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        sink(inputs[0])
+        if last:
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(hf: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and without recomputation that would run a block's hooks twice."""
+    before = hf.training
+    hf.eval()
+    try:
+        yield
+    finally:
+        hf.train(before)

@@ -1,0 +1,86 @@
+"""The loss of a model on data that it is not trained on.
+
+Lives here: one number over all samples and ranks. Called between steps, by all ranks together: for
+validation by `validation`. Must never leave a trace in the training: gradients, modes, random
+numbers and what FSDP holds are as before, so that a run which is measured ends like one that is
+not, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from osft_trainer.model import OSFTModel
+from osft_trainer.packing import MicroBatch, collate, pack
+from osft_trainer.parallel import World, sum_over_ranks
+from osft_trainer.prepared import Samples
+
+SAMPLES_AT_ONCE = 4096
+"""Packed together: many enough that few bins stay half empty, few enough to plan in no time."""
+
+
+def mean_loss(
+    model: OSFTModel, prepared: Samples, *, max_tokens_per_gpu: int, world: World
+) -> float:
+    """Mean of -log p(token) over every loss token of the data. Collective: call it on every rank.
+
+    It does not depend on the number of ranks or on the packing, but for float32 rounding of the
+    sum in one forward pass. The model's mode, gradients and random numbers are left as they are.
+
+    Args:
+        model: the converted model, sharded or not.
+        prepared: the same data on every rank; at least one sample.
+        max_tokens_per_gpu: tokens of one forward pass of one rank.
+        world: this process's place.
+
+    Returns:
+        Nats per token; NaN or infinity if the model gives that. The same number on every rank.
+
+    Raises:
+        ValueError: on every rank, if a sample is longer than max_tokens_per_gpu.
+    """
+    loss_tokens = int(prepared.loss_counts.sum())
+    assert loss_tokens > 0, "prepared data holds no sample without a loss token"
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    with _without_trace(model, world), torch.no_grad():
+        for micro in _micro_batches(prepared, max_tokens_per_gpu, world):
+            loss_sum = model(
+                input_ids=micro.input_ids.to(world.device),
+                position_ids=micro.position_ids.to(world.device),
+                labels=micro.labels.to(world.device),
+            )
+            total += loss_sum.double()
+    return sum_over_ranks(float(total), world) / loss_tokens
+
+
+def _micro_batches(
+    prepared: Samples, max_tokens_per_gpu: int, world: World
+) -> Iterator[MicroBatch]:
+    """This rank's forward passes; every rank has the same number of them."""
+    for start in range(0, len(prepared), SAMPLES_AT_ONCE):
+        lengths = prepared.lengths[start : start + SAMPLES_AT_ONCE]
+        for bins in pack(lengths, world.size, max_tokens_per_gpu):
+            yield collate([prepared.sample(start + member) for member in bins[world.rank]])
+
+
+@contextmanager
+def _without_trace(model: nn.Module, world: World) -> Iterator[None]:
+    """Evaluation mode inside, everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, _ in modes:
+                if isinstance(module, FSDPModule):
+                    # The root keeps its parameters gathered for a backward that does not come.
+                    module.reshard()

@@ -1,0 +1,173 @@
+"""The text of what shall be kept: where it comes from, and which of it serves for what.
+
+Lives here: preparing the user's retention text, sampling one from the model where none is given,
+and its three disjoint parts. Called by `assembly` on every rank before the model is converted. Must
+never: train on it (no label of it is ever learned), or let two parts share a sample.
+
+The parts: `read`, that the used directions are read off; `checked`, that their energy in the free
+directions is measured on; `judged`, that the loss before and after is measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel
+
+from osft_trainer.activations import Row, on_device
+from osft_trainer.agreement import from_first_rank
+from osft_trainer.config import TrainingParameters
+from osft_trainer.data import open_prepared, prepare
+from osft_trainer.model import load_tokenizer
+from osft_trainer.packing import collate, epoch_order
+from osft_trainer.parallel import World
+from osft_trainer.prepared import PreparedPart
+from osft_trainer.report import RunFolder
+from osft_trainer.self_sampling import sample_conversations
+
+logger = logging.getLogger(__name__)
+
+LEAST_SAMPLES = 10
+"""Fewer do not fill three parts."""
+_HELD_OUT = 10
+"""One sample in so many is checked, one is judged; the others are read."""
+_ROW_TOKENS = 2048
+"""Tokens of one forward pass while reading."""
+
+
+@dataclass(frozen=True)
+class RetentionText:
+    """Prepared retention text in its parts; the same on every rank."""
+
+    read: PreparedPart
+    checked: PreparedPart
+    judged: PreparedPart
+    digest: str
+    """Of the prepared text and of how much of it is read."""
+    sampled: bool
+    """Whether the model wrote it itself."""
+
+
+def prepare_retention(
+    training: TrainingParameters, folder: RunFolder, world: World, hf: PreTrainedModel
+) -> RetentionText | None:
+    """Prepare the text that `retention_data_path` names, or that the model writes. Collective.
+
+    None if there is no such path and nothing needs a text: neither a split by activations nor
+    adaptive ranks.
+
+    Args:
+        training: the run's parameters.
+        folder: its cache takes the prepared text.
+        world: this process's place.
+        hf: the loaded model, before it is converted; asked only where no path is given.
+
+    Raises:
+        ValueError: on every rank, if the text cannot be used.
+    """
+    sampled = training.retention_data_path is None
+    if sampled and training.split_by != "activations" and training.rank_allocation == "uniform":
+        return None
+
+    def on_first_rank() -> str:
+        tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
+        path = training.retention_data_path or str(_sampled(training, folder, world, hf))
+        try:
+            prepared = prepare(
+                path,
+                tokenizer,
+                max_seq_len=training.max_seq_len,
+                on_overlong="truncate",
+                cache_root=folder.cache,
+            )
+        except ValueError as error:
+            told = str(error)
+            about = "retention_" if told.startswith("data_path") else "retention_data_path: "
+            raise ValueError(about + told) from error
+        return str(prepared.folder)
+
+    prepared = open_prepared(from_first_rank(world, on_first_rank))
+    if len(prepared) < LEAST_SAMPLES:
+        raise ValueError(
+            f"retention_data_path: {training.retention_data_path} holds {len(prepared)} samples, "
+            f"at least {LEAST_SAMPLES} are needed: some are read, others measure what is kept"
+        )
+    return parts(prepared.whole(), training.retention_tokens, prepared.digest, sampled)
+
+
+def parts(whole: PreparedPart, tokens: int, digest: str, sampled: bool) -> RetentionText:
+    """Deal the samples out in a fixed shuffled order; `read` takes so many tokens, at least one."""
+    order = epoch_order(len(whole), seed=0, epoch=0)
+    place = np.arange(len(order)) % _HELD_OUT
+    small = max(1, tokens // _HELD_OUT)
+    return RetentionText(
+        read=whole.part(_first(order[place > 1], whole.lengths, tokens)),
+        checked=whole.part(_first(order[place == 0], whole.lengths, small)),
+        judged=whole.part(_first(order[place == 1], whole.lengths, small)),
+        digest=hashlib.sha256(f"{digest} {tokens}".encode()).hexdigest()[:32],
+        sampled=sampled,
+    )
+
+
+def rows(part: PreparedPart) -> Iterator[Row]:
+    """The samples packed into rows of about `_ROW_TOKENS` tokens, in their order."""
+    held: list[int] = []
+    for index in range(len(part)):
+        held.append(index)
+        full = int(part.lengths[held].sum()) >= _ROW_TOKENS
+        if full or index == len(part) - 1:
+            packed = collate([part.sample(i) for i in held])
+            yield packed.input_ids, packed.position_ids
+            held = []
+
+
+def _first(
+    indices: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], tokens: int
+) -> npt.NDArray[np.int64]:
+    """The first of these samples that have so many tokens together, at least one sample."""
+    before = np.cumsum(lengths[indices]) - lengths[indices]
+    return indices[before < tokens]
+
+
+def _sampled(
+    training: TrainingParameters, folder: RunFolder, world: World, hf: PreTrainedModel
+) -> Path:
+    """The file of conversations that the model has with itself; written once a run folder."""
+    path = folder.cache / "retention" / f"sampled-{training.seed}-{training.retention_tokens}.jsonl"
+    if path.is_file():
+        return path
+    logger.info("no retention_data_path: the model writes %d tokens", training.retention_tokens)
+    tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
+    with on_device(hf, world):
+        conversations = sample_conversations(
+            hf,
+            tokenizer,
+            tokens=training.retention_tokens,
+            max_seq_len=training.max_seq_len,
+            seed=training.seed,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, conversations)
+    return path
+
+
+def _write(path: Path, conversations: Sequence[dict[str, object]]) -> None:
+    """At once and durably: a restart must read the same text, whole."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        for conversation in conversations:
+            file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+__all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "rows"]

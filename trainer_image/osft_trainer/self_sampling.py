@@ -1,0 +1,152 @@
+"""Text that a model writes itself, as a picture of what it knows.
+
+Lives here: sampling conversations by the model's own chat template: the model is given the
+beginning of a user's turn, writes the question, then answers it (as Xu et al., 2024, do to collect
+instructions). Called by `retention` where the user has no text of the old skills. Must never:
+change the model or the process's random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AT_ONCE = 64
+"""Conversations sampled together."""
+_MARK = "OSFTMARK"
+"""Stands for a user's words in a rendered template; what is before it begins a user's turn."""
+_MOST_ROUNDS_WITHOUT_TEXT = 3
+
+Conversation = dict[str, object]
+
+
+def sample_conversations(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    max_seq_len: int,
+    seed: int,
+) -> list[Conversation]:
+    """Conversations of one question and one answer, at temperature 1, until there is enough.
+
+    Args:
+        hf: the loaded model; used in evaluation mode and left as it was.
+        tokenizer: its tokenizer, with a chat template.
+        tokens: how many tokens to write, about.
+        max_seq_len: most tokens of a conversation.
+        seed: of the draws; equal seeds give equal text on equal hardware.
+
+    Raises:
+        ValueError: if the model writes nothing that the template can show.
+    """
+    begin = _prefix(tokenizer)
+    found: list[Conversation] = []
+    written, empty = 0, 0
+    with _undisturbed(hf, seed):
+        while written < tokens:
+            questions = _continue(hf, tokenizer, [begin] * AT_ONCE, max_seq_len // 2)
+            chats = [[{"role": "user", "content": q}] for q in questions if q.strip()]
+            answers = _answers(hf, tokenizer, chats, max_seq_len)
+            pairs = [(c, a) for c, a in zip(chats, answers, strict=True) if a.strip()]
+            for chat, answer in pairs:
+                chat.append({"role": "assistant", "content": answer})
+                found.append({"messages": chat})
+                written += len(_ids(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False)))
+            empty = 0 if pairs else empty + 1
+            if empty >= _MOST_ROUNDS_WITHOUT_TEXT:
+                raise ValueError(
+                    "retention_data_path: the model writes no conversation by itself to take "
+                    "instead; give a file with text of the old skills"
+                )
+    return found
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a conversation begins with, up to the user's first word."""
+    chat = [{"role": "user", "content": _MARK}]
+    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
+    before, mark, _ = text.partition(_MARK)
+    if not mark:
+        raise ValueError(
+            "retention_data_path: the chat template shows no user's words, so the model cannot be "
+            "asked for text; give a file with text of the old skills"
+        )
+    return before
+
+
+def _answers(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[list[dict[str, str]]],
+    max_seq_len: int,
+) -> list[str]:
+    if not chats:
+        return []
+    prompts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    longest = max(len(_ids(tokenizer, prompt)) for prompt in prompts)
+    return _continue(hf, tokenizer, prompts, max(1, max_seq_len - longest))
+
+
+def _continue(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+) -> list[str]:
+    """Sample what follows each prompt, up to the end of the turn; special tokens left out."""
+    # A template may begin with the user's words; the model still needs a first token.
+    start = tokenizer.bos_token_id or tokenizer.eos_token_id or 0
+    rows = [_ids(tokenizer, prompt) or [start] for prompt in prompts]
+    widest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), widest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        # Left-padded: what is written follows the last word at once.
+        ids[place, widest - len(row) :] = torch.tensor(row)
+        mask[place, widest - len(row) :] = 1
+    out: Tensor = hf.generate(
+        input_ids=ids.to(hf.device),
+        attention_mask=mask.to(hf.device),
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(hf, tokenizer),
+    )
+    return [str(text) for text in tokenizer.batch_decode(out[:, widest:], skip_special_tokens=True)]
+
+
+def _ends(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a turn, as the model's folder names them."""
+    named = hf.generation_config.eos_token_id if hf.generation_config is not None else None
+    ends = {named} if isinstance(named, int) else set(named or [])
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    return sorted(ends)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template has written the special tokens already.
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@contextmanager
+def _undisturbed(hf: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Evaluation mode and random numbers of our own; both as before afterwards."""
+    before = hf.training
+    hf.eval()
+    devices = [hf.device] if hf.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            hf.train(before)

@@ -48,8 +48,12 @@ def pretrain(
     steps: int = 700,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    whole_text: bool = False,
 ) -> None:
-    """Train from scratch on these skills and save a Hugging Face folder."""
+    """Train from scratch on these skills and save a Hugging Face folder.
+
+    `whole_text`: learn the questions, too, so that the model can write text by itself.
+    """
     torch.manual_seed(seed)
     source = random.Random(seed)
     tokenizer = skills.tokenizer()
@@ -62,7 +66,8 @@ def pretrain(
         chats = [_fresh(names[i % len(names)], source) for i in range(BATCH)]
         tokens = encode(tokenizer, chats)
         labels = tokens.clone()
-        labels[:, : -(skills.LENGTH + 1)] = -100  # the answer and its end are learned
+        if not whole_text:
+            labels[:, : -(skills.LENGTH + 1)] = -100  # the answer and its end are learned
         loss = model(tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -123,5 +123,5 @@ def osftjob(name: str, *, spec: Object | None = None, **training: Any) -> Object
 
 def learned_model(folder: Path) -> Path:
     """A small model that has learned one skill, made here in about half a minute."""
-    pretrain.pretrain(folder, [OLD], steps=250)
+    pretrain.pretrain(folder, [OLD], steps=250, whole_text=True)
     return folder

@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
 def short(name: str, *, spec: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
     """A job of some seconds that saves its state often."""
-    return osftjob(name, spec=spec, **{"maxSteps": 40, "checkpointEverySteps": 5, **training})
+    quick = {"maxSteps": 40, "checkpointEverySteps": 5, "splitBy": None, "retentionTokens": None}
+    return osftjob(name, spec=spec, **{**quick, **training})
 
 
 def test_killed_master_resumes_to_the_same_losses(jobs: Jobs) -> None:

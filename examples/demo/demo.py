@@ -1,8 +1,8 @@
 """`make demo`: a small model that has learned three skills is taught a fourth, and keeps the three.
 
-Makes the model and the data in .demo/ (no hub), trains examples/quickstart.yaml through `osft run`
-at three learning rates, and plain fine-tuning at three of its own, then scores every model on
-held-out samples and prints the table. Every number is measured in this run.
+Makes the model and the data in .demo/ (no hub), trains examples/quickstart.yaml through `osft run`,
+then plain fine-tuning and OSFT split by the weights, each at three learning rates, scores every
+model on held-out samples and prints the table. Every number is measured in this run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,19 @@ OLD = ["rev", "sort", "inc"]
 NEW = "rot"
 LEARNED = 0.99
 """A model counts as having learned the new skill from this share of right answers."""
-LEARNING_RATES = {"OSFT": [1e-3, 1.5e-3, 2e-3], "plain fine-tuning": [5e-5, 1e-4, 2e-4]}
-"""Three for each, around its own best: plain fine-tuning forgets less with small ones."""
+QUICKSTART_METHOD = "OSFT by activations"
+METHODS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "plain fine-tuning": (
+        {"splitBy": "weights", "unfreezeRankRatio": 1.0, "otherParameters": "all"},
+        [1e-4, 2e-4, 4e-4],
+    ),
+    "OSFT by weights": (
+        {"splitBy": "weights", "unfreezeRankRatio": 0.25},
+        [1e-3, 2e-3, 4e-3],
+    ),
+    QUICKSTART_METHOD: ({}, [1e-3, 2e-3, 4e-3]),
+}
+"""What each changes in the quickstart, and three learning rates around its own best."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,12 @@ def main() -> None:
     began = time.monotonic()
     print(f"1. a model learns {', '.join(OLD)} from scratch", flush=True)
     if not (BASE / "config.json").exists():
-        pretrain.pretrain(BASE, OLD, progress=_show_pretraining)
+        pretrain.pretrain(BASE, OLD, progress=_show_pretraining, whole_text=True)
     skills.write_jsonl(VOLUMES / "datasets" / f"{NEW}.jsonl", NEW, 4000, seed=2)
     print(f"2. it is taught {NEW}: osft run examples/quickstart.yaml and variants", flush=True)
     runs = [
         Run(method, rate, _name(method, rate))
-        for method, rates in LEARNING_RATES.items()
+        for method, (_, rates) in METHODS.items()
         for rate in rates
     ]
     with ThreadPoolExecutor(max_workers=2) as pool:  # one core each
@@ -88,9 +99,10 @@ def _quickstart() -> dict[str, Any]:
 
 def _name(method: str, rate: float) -> str:
     """`quickstart` for the example as it stands, else the method and the learning rate."""
-    if method == "OSFT" and rate == _quickstart()["spec"]["training"]["learningRate"]:
+    quickstart_rate = _quickstart()["spec"]["training"]["learningRate"]
+    if (method, rate) == (QUICKSTART_METHOD, quickstart_rate):
         return "quickstart"
-    return f"{method.split()[0].lower()}-{rate:g}".replace(".", "-")
+    return f"{method.split()[-1].lower()}-{rate:g}".replace(".", "-")
 
 
 def _file(run: Run) -> Path:
@@ -104,12 +116,12 @@ def _file(run: Run) -> Path:
 
 
 def job_of(run: Run) -> dict[str, Any]:
-    """The quickstart's OSFTJob with this run's name and learning rate; plain: everything trains."""
+    """The quickstart's OSFTJob with this run's name, learning rate and method."""
     job = _quickstart()
     job["metadata"]["name"] = run.name
     job["spec"]["training"]["learningRate"] = run.learning_rate
-    if run.method != "OSFT":
-        job["spec"]["training"] |= {"unfreezeRankRatio": 1.0, "otherParameters": "all"}
+    changes, _ = METHODS[run.method]
+    job["spec"]["training"] |= changes
     return job
 
 
@@ -138,7 +150,7 @@ def _scored(run: Run) -> Run:
 def _table(before: dict[str, float], runs: list[Run]) -> str:
     old = sum(before[name] for name in OLD) / len(OLD)
     rows = [("before", "", before[NEW], old, "")]
-    for method in reversed(LEARNING_RATES):
+    for method in METHODS:
         mine = [run for run in runs if run.method == method]
         best = max(mine, key=lambda run: run.rank)
         rows += [

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.projection import project_gradients, project_values, refresh
-from osft_trainer.subspace import split_weight
+from osft_trainer.subspace import Split, split_weight
 
 SHAPES = {"square": (6, 6), "tall": (9, 5), "wide": (5, 9)}
 CASES = [(p, s) for p in ("exact", "core", "factored") for s in SHAPES]
@@ -83,6 +83,40 @@ def test_expert_gradients_equal_autograd(parameterization: str, shape: tuple[int
     )
     for got, wanted in zip(found, reference, strict=True):
         assert torch.allclose(got, wanted, atol=1e-10)
+
+
+def _by_inputs(form: str, rows: int = 9, cols: int = 5) -> SubspaceWeight:
+    """Split by directions of the inputs: columns of a linear layer, rows of a transposed one."""
+    torch.manual_seed(1)
+    weight = torch.randn(rows, cols, dtype=torch.float64)
+    width = cols if form == "right" else rows
+    basis = torch.linalg.qr(torch.randn(width, 2, dtype=torch.float64)).Q
+    split = Split(free_cols=basis.T) if form == "right" else Split(free_rows=basis)
+    return SubspaceWeight(weight, split, 2, "exact")
+
+
+@pytest.mark.parametrize("form", ["right", "left"])
+def test_a_split_by_inputs_trains_every_output_of_the_free_inputs(form: str) -> None:
+    subspace = _by_inputs(form)
+    assert subspace.form == form
+    assert subspace.projected() == []
+    assert subspace.factor.shape == ((9, 2) if form == "right" else (2, 5))
+    _move(subspace)
+    assert subspace.leak() < 1e-12
+    module = SubspaceLinear(subspace, None, conv1d=form == "left")
+    x = torch.randn(7, module.in_features, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(module(x).sin().sum(), [x, subspace.factor])
+    weight = _effective_by_autograd(subspace)
+    reference = torch.autograd.grad(
+        linear(x, weight.T if form == "left" else weight).sin().sum(), [x, subspace.factor]
+    )
+    for got, wanted in zip(found, reference, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-10)
+    free = subspace.free_cols.T if form == "right" else subspace.free_rows
+    kept = x - (x @ free) @ free.T
+    base = SubspaceLinear(_by_inputs(form), None, conv1d=form == "left")
+    assert torch.allclose(module(kept), base(kept), atol=1e-12)
+    assert not torch.allclose(module(x), base(x), atol=1e-2)
 
 
 def test_all_directions_free_is_an_ordinary_matrix() -> None:

@@ -36,6 +36,14 @@ MOMENT_BYTES = 4 * 2**30
 """Most that second moments hold at one time, unless a single matrix needs more: a 14336-wide input
 needs 1.6 GB."""
 
+EIGEN_WIDTH = 2048
+"""Widest input whose moment is taken apart into eigenvectors: beyond, it costs minutes a matrix."""
+_ROUNDS = 4
+"""Of inverse iteration. On spectra that fall off, the energy left free is then 1.02 to 1.06 times
+the smallest possible, 1.12 times on a flat one."""
+_SHIFT = 1e-13
+"""Added to a moment, relative to its mean eigenvalue, so that it can be inverted in float64."""
+
 _ROWS_AT_ONCE = 4096
 """Inputs turned into float64 together."""
 
@@ -142,6 +150,10 @@ def second_moments(
 def least_used(moment: Tensor, rank: int) -> Tensor:
     """V_0: the `rank` orthonormal directions with the smallest eigenvalues of a second moment.
 
+    Up to `EIGEN_WIDTH` by eigenvectors. Wider ones by inverse iteration on random directions, which
+    is made of the products that accelerators are fast at; near the cut it may take a direction for
+    its neighbour, so the energy it leaves free is some per cent above the smallest possible.
+
     Returns:
         [rank, width], float32, contiguous; signs are fixed (largest entry of a row is positive).
 
@@ -152,11 +164,27 @@ def least_used(moment: Tensor, rank: int) -> Tensor:
         raise ValueError(
             "an input holds NaN or infinity on the retention text; check the model's weights"
         )
-    _, vectors = torch.linalg.eigh(moment)
-    free = vectors[:, :rank].mT
+    if len(moment) <= EIGEN_WIDTH:
+        free = torch.linalg.eigh(moment).eigenvectors[:, :rank].mT
+    else:
+        free = _by_inverse_iteration(moment, rank).mT
     largest = torch.gather(free, 1, free.abs().argmax(dim=1, keepdim=True))
     signed: Tensor = (free * largest.sign()).float().contiguous()
     return signed
+
+
+def _by_inverse_iteration(moment: Tensor, rank: int) -> Tensor:
+    """[width, rank] orthonormal: random directions, `_ROUNDS` times through the inverse."""
+    width = len(moment)
+    shift = max(float(moment.diagonal().mean()), 1e-300) * _SHIFT
+    factor = torch.linalg.cholesky(
+        moment + shift * torch.eye(width, dtype=moment.dtype, device=moment.device)
+    )
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.randn(width, rank, dtype=moment.dtype, generator=generator).to(moment.device)
+    for _ in range(_ROUNDS):
+        drawn = torch.linalg.qr(torch.cholesky_solve(drawn, factor)).Q
+    return drawn
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check generate verify bench clean
+.PHONY: demo test check generate verify bench bench-retention clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ generate: $(VENV)/.dev   ## CRD, the chart's copy of it, README tables
 
 verify: generate         ## what is committed is what is generated
 	git diff --exit-code
+
+bench-retention: $(VENV)/.dev ## what methods keep of the old while they learn the new (ARGS=--quick)
+	$(BIN)/python tests/bench/retention.py $(ARGS)
 
 bench: $(VENV)/.dev      ## step time beside plain fine-tuning and PEFT's OSF
 	$(BIN)/python tests/bench/train_step.py

@@ -33,6 +33,7 @@ import pretrain  # noqa: E402
 import retention_methods as methods  # noqa: E402
 import skills  # noqa: E402
 import torch  # noqa: E402
+from retention_report import final_table  # noqa: E402
 from retention_tasks import NEW, OLD, Task, old_beside  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
@@ -259,26 +260,6 @@ def final_jobs(best: dict[str, Job], quick: bool) -> list[Job]:
     ]
 
 
-def table(outcomes: Sequence[Outcome], best: dict[str, Job]) -> str:
-    """Old skills kept and new skill learned, mean and spread over seeds, per task and method."""
-    lines = ["| method | lr, ratio | " + " | ".join(NEW) + " |", "|---" * (2 + len(NEW)) + "|"]
-    for method, job in best.items():
-        cells = [
-            _cell([o for o in outcomes if (o.job.method, o.job.task) == (method, t)]) for t in NEW
-        ]
-        ratio = "" if method in methods.WITHOUT_RATIO else f", {job.ratio:g}"
-        if method == "LoRA":
-            ratio = f", rank {methods.LORA_RANKS[job.ratio]}"
-        lines.append(f"| {method} | {job.learning_rate:g}{ratio} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(outcomes: Sequence[Outcome]) -> str:
-    olds = [o.old for o in outcomes]
-    spread = f" ({min(olds):.2f} to {max(olds):.2f})" if len(olds) > 1 else ""
-    return f"{statistics.mean(o.new for o in outcomes):.2f} / {statistics.mean(olds):.2f}{spread}"
-
-
 def main() -> None:
     """Prepare, screen, run the finals, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -302,10 +283,8 @@ def main() -> None:
         best = best_settings(screen)
         print("finals", flush=True)
         finals = run_all(folder, final_jobs(best, arguments.quick), arguments.processes)
-    print("\nnew skill / old skills, share of exact answers; spread over seeds")
-    print(table(finals, best))
-    result = {
-        "command": "make bench-retention" + " --quick" * arguments.quick,
+    result: dict[str, Any] = {
+        "command": "make bench-retention" + " ARGS=--quick" * arguments.quick,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "platform": platform.platform(),
         "seconds": round(time.monotonic() - began),
@@ -315,6 +294,8 @@ def main() -> None:
         "screen": [asdict(outcome) for outcome in screen],
         "finals": [asdict(outcome) for outcome in finals],
     }
+    print("\nnew skill / old skills, share of exact answers; spread over seeds")
+    print(final_table(result))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten to {arguments.out} after {time.monotonic() - began:.0f} s")

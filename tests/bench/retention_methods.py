@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from retention_report import LORA_RANKS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,8 +26,6 @@ from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, plan_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA_RANKS = {0.25: 8, 0.5: 32}
-"""LoRA has no ratio: a small and a large rank stand in its place."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Table and picture of the retention benchmark, from its result file.
+
+`make generate` puts the table into the README and the picture beside the result; both come from
+the committed numbers alone.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).with_name("results") / "retention.json"
+PICTURE = RESULT.with_suffix(".svg")
+SHOWN = "conflicting, new word"
+"""Task of the picture: the one on which methods differ most."""
+COLORS = {
+    "plain fine-tuning": "#888888",
+    "LoRA": "#b58900",
+    "PEFT OSF": "#6c71c4",
+    "osft exact": "#268bd2",
+    "osft exact, adaptive ranks": "#7fb8e6",
+    "osft core": "#2aa198",
+    "osft factored": "#1b4f72",
+    "osft activations, retention text": "#d33682",
+    "osft activations, own text": "#dc322f",
+}
+LEFT, TOP, WIDTH, HEIGHT = 60, 20, 420, 300
+
+Numbers = dict[str, Any]
+
+
+def retention_tables() -> str:
+    """The committed result as Markdown, or a word that there is none."""
+    if not RESULT.is_file():
+        return "No result is committed yet: `make bench-retention`."
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    note = (
+        f"New skill / old skills, share of exact answers after {result['steps']} steps; mean over "
+        f"seeds, in brackets the old skills' spread. `{result['command']}`, {machine['cores']} "
+        f"cores ({machine['cpu']}), {result['seconds'] / 60:.0f} minutes."
+    )
+    return note + "\n\n" + final_table(result)
+
+
+def final_table(result: Numbers) -> str:
+    """A row a method at the setting that the screen found best, a column a task."""
+    finals = result["finals"]
+    tasks = list(dict.fromkeys(outcome["job"]["task"] for outcome in finals))
+    lines = [_row(["method", "rate, ratio", *tasks]), "|---" * (len(tasks) + 2) + "|"]
+    for method, job in result["best"].items():
+        mine = [o for o in finals if o["job"]["method"] == method]
+        cells = [_cell([o for o in mine if o["job"]["task"] == task]) for task in tasks]
+        lines.append(_row([method, _setting(job), *cells]))
+    return "\n".join(lines)
+
+
+def learned_table(result: Numbers) -> str:
+    """As `final_table`, at the first measured step at which the new skill was learned."""
+    lines = []
+    for outcome in result["finals"]:
+        job = outcome["job"]
+        if outcome["learned_at"] is not None:
+            lines.append(
+                f"{job['method']}, {job['task']}, seed {job['seed']}: step "
+                f"{outcome['learned_at']}, old {outcome['old_then']:.2f}"
+            )
+    return "\n".join(lines)
+
+
+def picture(result: Numbers) -> str:
+    """Every setting of the screen on one task as SVG: new skill to the right, old skills up."""
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="370" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="760" height="370" fill="white"/>',
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" '
+        'stroke="#333333"/>',
+    ]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = _place(share, share)
+        parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{share:g}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{share:g}</text>')
+    middle = LEFT + WIDTH / 2
+    parts.append(
+        f'<text x="{middle}" y="{TOP + HEIGHT + 38}" text-anchor="middle">new skill '
+        f"({html.escape(SHOWN)})</text>"
+    )
+    parts.append(
+        f'<text x="16" y="{TOP + HEIGHT / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 16 {TOP + HEIGHT / 2})">old skills</text>'
+    )
+    for number, (method, color) in enumerate(COLORS.items()):
+        y = TOP + 12 + 20 * number
+        parts.append(f'<circle cx="{LEFT + WIDTH + 20}" cy="{y}" r="5" fill="{color}"/>')
+        parts.append(f'<text x="{LEFT + WIDTH + 32}" y="{y + 4}">{html.escape(method)}</text>')
+        for outcome in result["screen"]:
+            if (outcome["job"]["method"], outcome["job"]["task"]) == (method, SHOWN):
+                x, y_old = _place(outcome["new"], outcome["old"])
+                parts.append(
+                    f'<circle cx="{x:.1f}" cy="{y_old:.1f}" r="5" fill="{color}" '
+                    'fill-opacity="0.75"/>'
+                )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def write_picture() -> None:
+    """Beside the result, if there is one."""
+    if RESULT.is_file():
+        text = picture(json.loads(RESULT.read_text(encoding="utf-8")))
+        PICTURE.write_text(text, encoding="utf-8")
+
+
+def _place(new: float, old: float) -> tuple[float, float]:
+    return LEFT + WIDTH * new, TOP + HEIGHT * (1 - old)
+
+
+def _setting(job: Numbers) -> str:
+    rate = f"{job['learning_rate']:g}"
+    if job["method"] == "plain fine-tuning":
+        return rate
+    if job["method"] == "LoRA":
+        return f"{rate}, rank {LORA_RANKS[job['ratio']]}"
+    return f"{rate}, {job['ratio']:g}"
+
+
+LORA_RANKS = {0.25: 8, 0.5: 32}
+"""LoRA has no ratio: a small and a large rank stand in its place."""
+
+
+def _cell(outcomes: Sequence[Numbers]) -> str:
+    olds = [outcome["old"] for outcome in outcomes]
+    spread = f" ({min(olds):.2f} to {max(olds):.2f})" if len(olds) > 1 else ""
+    new = statistics.mean(outcome["new"] for outcome in outcomes)
+    return f"{new:.2f} / {statistics.mean(olds):.2f}{spread}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

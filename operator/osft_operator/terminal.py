@@ -97,6 +97,8 @@ def print_status(job: LocalJob) -> None:
         print(f"  {where}: {failure.get('reason')} (exit code {failure.get('exitCode')})")
     if status["phase"] == "Succeeded":
         print(f"  model        {job.run_folder.final}")
+    if kept := status.get("retention"):
+        print(f"  old skills   loss {kept['summary']}")
     if progress:
         print(f"  metrics      {job.run_folder.metrics}")
     for name, path in job.log_paths():

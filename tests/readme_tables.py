@@ -1,4 +1,4 @@
-"""Writes the generated parts of the README: the table of parameters. Run by `make generate`.
+"""Writes the generated parts of the README: parameters and benchmarks. Run by `make generate`.
 
 A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
@@ -6,12 +6,17 @@ A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
 from osft_trainer.arguments import describe
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+from retention_report import retention_tables, write_picture  # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -40,7 +45,11 @@ RUN_IN_YAML = {
     "attempt": "(the operator's count)",
     "on_existing_run": "`onExistingRun`",
 }
-PARTS = {"parameters": parameter_table, "launch parameters": launch_table}
+PARTS = {
+    "parameters": parameter_table,
+    "launch parameters": launch_table,
+    "retention benchmark": retention_tables,
+}
 
 
 def filled(text: str) -> str:
@@ -55,4 +64,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    write_picture()
     README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")

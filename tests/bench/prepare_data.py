@@ -102,14 +102,15 @@ def prepare_here(path: Path, cache: Path) -> None:
     """Prepare in this process and print what it took."""
     tokenizer = make_tokenizer()
     before = peak_megabytes()
-    begin = time.perf_counter()
+    begin, working = time.perf_counter(), time.process_time()
     prepared = prepare(path, tokenizer, max_seq_len=1 << 20, on_overlong="error", cache_root=cache)
-    seconds = time.perf_counter() - begin
+    seconds, working = time.perf_counter() - begin, time.process_time() - working
     size = path.stat().st_size / MEGABYTE
     print(
         f"{path.suffix[1:]}, {size:.0f} MB, {prepared.counts.rows} rows, {prepared.counts.tokens} "
-        f"tokens: {seconds:.0f} s, {size / seconds:.1f} MB/s; resident memory at most "
-        f"{peak_megabytes():.0f} MB, {before:.0f} MB of it before the first row"
+        f"tokens: {seconds:.0f} s, {size / seconds:.1f} MB/s ({size / working:.1f} MB per second "
+        f"of processor time); resident memory at most {peak_megabytes():.0f} MB, {before:.0f} MB "
+        "of it before the first row"
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from osft_trainer.chat_template import common_prefix_length
 from osft_trainer.conversations import THOUGHTS
-from osft_trainer.masking import ChatMasker, MaskedTokens
+from osft_trainer.masking import ChatMasker, MaskedText, MaskedTokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -302,7 +302,7 @@ def test_end_of_turn_need_not_be_the_end_of_text_token() -> None:
         "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|stop|>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]\n{% else %}{{ eos_token }}{% endif %}"
     )
-    assert trained(template, chat("a", "one", "b", "two")) == [["one<|stop|>"], ["two<|stop|>"]]
+    assert trained(template, chat("a", "one", "b", "two")) == [["one<|stop|>", "two<|stop|>"]]
 
 
 def test_token_over_the_border_belongs_to_the_answer() -> None:
@@ -329,7 +329,27 @@ def test_prompt_text_that_moves_is_not_trained() -> None:
         "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     messages = chat("what now", "the cat", "and then", "it sat", system="secret rule")
-    assert trained(template, messages) == [[" the cat</s>"], ["it sat</s>"]]  # " the" is one token
+    assert trained(template, messages) == [[" the cat</s>", "it sat</s>"]]  # " the" is one token
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_turns_that_became_one_sample_are_predicted_from_the_same_tokens(path: Path) -> None:
+    """Each turn's words and all before them, whether other turns share the sample or not."""
+    _, masker = real_masker(path)
+    messages = chat("What is the mat?", "the cat sat", "And 2+2?", "It is <4>.", "Who?", "the cat")
+
+    def predictions(samples: list[MaskedTokens]) -> set[tuple[int, ...]]:
+        return {
+            tuple(sample.input_ids[: place + 1].tolist())
+            for sample in samples
+            for place in sample.loss_mask.nonzero()[0]
+        }
+
+    alone = [masker.texts(messages[: 2 * turn])[-1] for turn in (1, 2, 3)]
+    only_last = [MaskedText(text.text, text.spans[-1:], True) for text in alone]
+    together = masker.texts(messages)
+    assert predictions(masker.tokenize(only_last)) == predictions(masker.tokenize(together))
 
 
 def test_answer_that_starts_like_the_prompts_last_token_is_whole() -> None:

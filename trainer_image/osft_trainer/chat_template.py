@@ -57,7 +57,7 @@ class ChatTemplate:
         self.generation_prompt = self._generation_prompt()
         """What it writes where the assistant shall begin; empty: nothing."""
         self.conversation = self._conversation()
-        """What it makes of two turns of each side, of which the second is cut: ends with a user."""
+        """A probe of three turns, user to user; of four, where the user must not be the last."""
 
     def adapted(self, messages: Messages) -> list[dict[str, Any]]:
         """The messages as this template reads them; for `render`, and once a conversation."""

@@ -6,12 +6,13 @@ here. Must never: tokenise a piece of a conversation on its own (tokens would di
 seen at inference), or know any model family by name.
 
 The rule. For assistant turn i let P be the rendered conversation before it with the generation
-prompt (what the model is given at inference) and F the rendered conversation up to and with it.
-P a prefix of F, and F a prefix of the whole rendered text, for every turn: one sample, loss from
-the end of P to the turn's end token. Otherwise the template writes a turn differently once the
-conversation goes on (thoughts are removed, another end token), and every assistant turn becomes a
-sample of its own, with the text F. Where other turns are trained, too (`unmask`), it is from their
-first word to the end of the turn: what stands before it is the template's, not theirs.
+prompt (what the model is given at inference) and F the rendered conversation up to and with it. The
+turn's sample has the text F, and loss from the end of the longest common prefix of P and F to the
+turn's end token. A sample whose text, as far as it carries loss, is how the next one's begins is
+made one with it: most templates give one sample a conversation, and those that write a turn
+differently once the conversation goes on (thoughts are removed, another end token) give several.
+Where other turns are trained, too (`unmask`), it is from their first word to the end of the turn:
+what stands before it is the template's, not theirs.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,15 @@ class MaskedText:
     text: str
     spans: tuple[tuple[int, int], ...]
     has_turn_end: bool
+
+    def continued_by(self, later: Self) -> Self | None:
+        """Both as one, if `later` begins with this text as far as it carries loss; else None."""
+        end = self.spans[-1][1] if self.spans else 0
+        if not later.text.startswith(self.text[:end]):
+            return None
+        return type(self)(
+            later.text, self.spans + later.spans, self.has_turn_end and later.has_turn_end
+        )
 
 
 @dataclass(frozen=True)
@@ -119,28 +129,27 @@ class ChatMasker:
             ValueError: the chat template refuses the conversation; with the template's words.
         """
         messages = self._template.adapted(messages)
-        full = self._template.render(messages, tools)
-        turns: list[MaskedText] = []
-        one_text = True
+        samples: list[MaskedText] = []
         for index, message in enumerate(messages):
-            assistant = message["role"] == "assistant"
-            if not assistant and (not unmask or message["role"] in INSTRUCTING_ROLES):
-                continue
-            is_last = index == len(messages) - 1
-            text = full if is_last else self._template.render(messages[: index + 1], tools)
-            if assistant:
-                start, is_prefix = self._turn_start(messages, index, tools, text)
-            else:
-                start, is_prefix = self._own_words_start(messages, index, tools, text), True
-            end = self._turn_end(text, start)
-            _check_calls(message, index, text[start:end])
-            ended = not assistant or text[:end].endswith(self._end_texts)
-            turns.append(MaskedText(text, ((start, end),) if end > start else (), ended))
-            one_text = one_text and is_prefix and full.startswith(text)
-        if not one_text:
-            return turns
-        spans = tuple(span for turn in turns for span in turn.spans)
-        return [MaskedText(full, spans, all(turn.has_turn_end for turn in turns))]
+            role = message["role"]
+            if role == "assistant" or (unmask and role not in INSTRUCTING_ROLES):
+                turn = self._turn(messages, index, tools)
+                if samples and (longer := samples[-1].continued_by(turn)) is not None:
+                    samples[-1] = longer
+                else:
+                    samples.append(turn)
+        return samples or [MaskedText(self._template.render(messages, tools), (), True)]
+
+    def _turn(self, messages: Messages, index: int, tools: Tools) -> MaskedText:
+        """The conversation up to turn `index`, with loss on that turn only."""
+        text = self._template.render(messages[: index + 1], tools)
+        assistant = messages[index]["role"] == "assistant"
+        find = self._turn_start if assistant else self._own_words_start
+        start = find(messages, index, tools, text)
+        end = self._turn_end(text, start)
+        _check_calls(messages[index], index, text[start:end])
+        ended = not assistant or text[:end].endswith(self._end_texts)
+        return MaskedText(text, ((start, end),) if end > start else (), ended)
 
     def tokenize(self, texts: Sequence[MaskedText]) -> list[MaskedTokens]:
         """Tokenise whole texts, each once, and carry the character ranges over to the tokens."""
@@ -185,25 +194,25 @@ class ChatMasker:
         index: int,
         tools: Tools,
         text: str,
-    ) -> tuple[int, bool]:
-        """Character of `text` (= F) where turn `index` starts, and whether P is a prefix of it."""
+    ) -> int:
+        """Character of `text` (= F) where turn `index` starts."""
         try:
             prompt = self._template.render(messages[:index], tools, add_generation_prompt=True)
         except ValueError:
             if index:
                 raise
             # Many templates cannot render an empty conversation, so there is no P to compare.
-            return self._own_words_start(messages, index, tools, text), True
+            return self._own_words_start(messages, index, tools, text)
         if text.startswith(prompt):
-            return len(prompt), True
+            return len(prompt)
         common = common_prefix_length(prompt, text)
         history = self._template.render(messages[:index], tools)
         if not prompt.startswith(history) or common < len(history):
             # The two differ before the turn has begun: a system prompt that moves to the last user
             # turn, say, or thoughts before a call that go when the answer comes.
             own = self._own_words_start(messages, index, tools, text)
-            return self._behind_prompt(text, own), False
-        return self._back_to_token_start(prompt, common), False
+            return self._behind_prompt(text, own)
+        return self._back_to_token_start(prompt, common)
 
     def _behind_prompt(self, text: str, own: int) -> int:
         """Where a turn starts whose words start at `own`: behind the nearest generation prompt.

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 - the bars in one family's control tokens are full-width
 """The loss mask: exactly the assistant's words and the end of its turn, whatever the template."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -280,6 +281,18 @@ def test_call_that_the_template_does_not_write_is_refused() -> None:
         ValueError, match="message 2 calls 'walk', which the chat template does not"
     ):
         trained(CHATML, messages)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("\ud83d", "holds half a character"), (functools.reduce(lambda v, _: [v], range(900), 1), "")],
+)
+def test_arguments_that_no_text_can_hold_are_refused(value: Any, words: str) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0] | tojson }}")
+    messages = chat("go", "")
+    messages[1]["tool_calls"] = [{"name": "walk", "arguments": {"to": value}}]
+    with pytest.raises(ValueError, match=words or "refuses the conversation"):
+        trained(template, messages)
 
 
 def test_unmasked_turns_are_trained_from_their_words_to_their_end() -> None:

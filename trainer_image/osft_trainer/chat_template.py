@@ -93,9 +93,9 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         # Templates are programs: a missing key or a wrong type shows up as any of these.
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        return str(rendered)
+        return _whole_characters(str(rendered))
 
     def _adapted(self, message: Message) -> dict[str, Any]:
         changed = dict(message)
@@ -195,6 +195,15 @@ class ChatTemplate:
             return self.render(self.adapted(messages), tools)
         except ValueError:
             return ""
+
+
+def _whole_characters(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half a character, in a call or a tool perhaps") from error
+    return text
 
 
 def common_prefix_length(first: str, second: str) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from osft_trainer import data as data_module
+from osft_trainer import samples as samples_module
 from osft_trainer.data import DataCounts, PreparedData, open_prepared, prepare
+from osft_trainer.faults import Faults
+from osft_trainer.packing import collate
+from osft_trainer.prepared import PreparedWriter
+from osft_trainer.samples import TEXTS_AT_ONCE, Chat, Documents, Processed
+from osft_trainer.sources import Row
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<e>{% endfor %}"
@@ -69,7 +77,7 @@ def test_samples_come_back_with_labels_and_counts(tmp_path: Path) -> None:
     assert make_tokenizer().decode(ids) == "<u>hi<e><a>yes<e>"
     assert (labels == -100).tolist() == [True] * 5 + [False] * 4
     assert [trained_text(data, i) for i in range(len(data))] == ["yes<e>", "so it is<e>"]
-    assert data.counts == DataCounts(conversations=2, samples=2, tokens=24, loss_tokens=13)
+    assert data.counts == DataCounts(rows=2, samples=2, tokens=24, loss_tokens=13)
     assert data.lengths.tolist() == [9, 15]
     assert data.loss_counts.tolist() == [4, 9]
 
@@ -99,8 +107,32 @@ FAULTS = {
     "content parts": (SOUND.replace('"yes"', "[]"), "'content' must be a string, is a list"),
     "content null": (SOUND.replace('"yes"', "null"), "'content' must be a string, is null"),
     "half a character": (SOUND.replace("yes", "\\ud83d"), "'content' holds half a character"),
-    "tools": (SOUND.replace("{", '{"tools": "x", ', 1), "'tools' must be a list"),
-    "unmask": (SOUND.replace("{", '{"unmask": true, ', 1), "'unmask' is not supported"),
+    "tools": (SOUND.replace("{", '{"tools": "x", ', 1), "'tools' is a string, and not of JSON"),
+    "tools no list": (SOUND.replace("{", '{"tools": {}, ', 1), "'tools' must be a list"),
+    "tool no object": (SOUND.replace("{", '{"tools": [1], ', 1), "'tools' must be a list of"),
+    "unmask": (SOUND.replace("{", '{"unmask": "yes", ', 1), "'unmask' must be true or false"),
+    "only system": (
+        '{"unmask": true, "messages": [{"role": "system", "content": "x"}]}',
+        "has only system turns",
+    ),
+    "call of a user": (
+        SOUND.replace('"content": "hi"', '"content": "hi", "tool_calls": [{"name": "f"}]'),
+        "message 1 (user): only an assistant has 'tool_calls'",
+    ),
+    "call without name": (
+        SOUND.replace('"content": "yes"', '"content": "yes", "tool_calls": [{"id": "1"}]'),
+        "must be an object with the name of a function",
+    ),
+    "two thoughts": (
+        SOUND.replace('"yes"', '"yes", "thinking": "a", "reasoning_content": "b"'),
+        "reasoning_content and thinking differ: give one of them",
+    ),
+    "thoughts no text": (
+        SOUND.replace('"yes"', '"yes", "thinking": ["a"]'),
+        "'thinking' must be a string, is a list",
+    ),
+    "token ids": ('{"input_ids": [1], "labels": [1]}', "set use_processed_dataset"),
+    "document": ('{"text": "once"}', "set is_pretraining"),
     "deep": ("[" * 200_000, "nested too deeply"),
 }
 
@@ -112,6 +144,196 @@ def test_fault_names_file_line_and_reason(tmp_path: Path, line: str, reason: str
         prepare_default(file, tmp_path / "cache")
     assert reason in str(caught.value)
     assert "1 problem " in str(caught.value)
+
+
+def test_skipped_lines_are_counted_and_the_first_few_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unreadable, of another form, and refused by the template: each is left out."""
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}"
+    bad = ["no JSON", "{}", row("no"), *["[]"] * 4]
+    file = write(tmp_path / "d.jsonl", row(answer="first"), *bad, row(answer="last"))
+    data = prepare(
+        file,
+        make_tokenizer(refusing + TEMPLATE),
+        max_seq_len=100,
+        on_overlong="error",
+        on_bad_sample="skip",
+        cache_root=tmp_path,
+    )
+    assert [trained_text(data, i) for i in range(len(data))] == ["first<e>", "last<e>"]
+    assert (data.counts.rows, data.counts.skipped_bad) == (2, 7)
+    told = [record.message for record in caplog.records if "skipped" in record.message]
+    assert [f"d.jsonl, line {n}: " in line for n, line in enumerate(told, start=2)] == [True] * 5
+    assert "never" in told[2]
+    assert "further ones are only counted" in told[4]
+
+
+def test_overlong_samples_are_no_bad_ones(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", row(), row(answer="too long"))
+    with pytest.raises(ValueError, match=r"line 2: .* set on_overlong to drop or truncate"):
+        prepare_default(file, tmp_path, max_seq_len=9, on_bad_sample="skip")
+
+
+def test_nothing_but_bad_lines_is_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", "no", "no")
+    with pytest.raises(ValueError, match=r"leaves nothing to train on: .*skipped_bad=2"):
+        prepare_default(file, tmp_path, on_bad_sample="skip")
+
+
+def test_unmask_of_a_sample_trains_its_other_turns(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", {**row(), "unmask": True}, {**row(), "unmask": False}, row())
+    data = prepare_default(file, tmp_path)
+    assert [trained_text(data, i) for i in range(3)] == ["hi<e>yes<e>", "yes<e>", "yes<e>"]
+    everywhere = prepare_default(file, tmp_path, form=Chat(unmask=True))
+    assert [trained_text(everywhere, i) for i in range(3)] == ["hi<e>yes<e>"] * 3
+
+
+def test_what_the_template_leaves_out_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    thinking = row()
+    thinking["messages"][1]["thinking"] = "so"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    prepare_default(write(tmp_path / "d.jsonl", *[{**thinking, "tools": tools}] * 9), tmp_path)
+    assert caplog.text.count("does not write the assistant's thoughts") == 1
+    assert caplog.text.count("does not write the tools") == 1
+
+
+def documents(*texts: str, column: str = "document") -> list[dict[str, str]]:
+    return [{column: text} for text in texts]
+
+
+def test_documents_become_blocks_whose_pieces_do_not_mix(tmp_path: Path) -> None:
+    rows = documents("abcd", "  ", "ef", "g" * 9, "")
+    file = write(tmp_path / "d.jsonl", *rows)
+    data = prepare_default(file, tmp_path, form=Documents(block_size=6))
+    decode = make_tokenizer().decode
+    blocks = [[decode(ids) for ids, _ in data.pieces(i)] for i in range(len(data))]
+    assert blocks == [["abcd<e>", "e"], ["f<e>", "gggg"], ["ggggg<e>"]]
+    for index in range(len(data)):
+        ids, labels = data.sample(index)
+        starts = np.cumsum([0] + [len(piece) for piece, _ in data.pieces(index)])[:-1]
+        unlearned = [place for place, label in enumerate(labels.tolist()) if label == -100]
+        assert unlearned == starts.tolist(), "all but the first of each piece is learned"
+        assert all(a == b for a, b in zip(ids, labels, strict=True) if b != -100)
+    assert data.counts == DataCounts(rows=5, samples=3, dropped_empty=2, tokens=18, loss_tokens=13)
+    batch = collate([piece for index in range(2) for piece in data.pieces(index)])
+    assert batch.lengths == (5, 1, 2, 4)
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 1, 0, 1, 2, 3]
+    assert batch.loss_tokens == int(data.loss_counts[:2].sum())
+
+
+def test_last_block_of_one_token_is_counted_as_empty(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", *documents("abcdef"))
+    data = prepare_default(file, tmp_path, form=Documents(block_size=6))
+    assert (len(data), data.counts.dropped_empty, data.counts.tokens) == (1, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "reason"),
+    [
+        ({"title": "x"}, None, "has no 'document' and no 'text' (keys: 'title'): set"),
+        ({"text": "x"}, "body", "has no 'body' (keys: 'text'): set document_column_name"),
+        ({"text": ["x"]}, None, "'text' must be a string, is a list"),
+        ({"text": "\ud83d"}, None, "'text' holds half a character"),
+        (["x"], None, "must be a JSON object with a document, is a list"),
+    ],
+)
+def test_fault_of_a_document_names_file_line_and_reason(
+    tmp_path: Path, line: Any, column: str | None, reason: str
+) -> None:
+    file = write(tmp_path / "d.jsonl", {"text": "ok", "body": "ok"}, line)
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 2: ") as caught:
+        prepare_default(file, tmp_path, form=Documents(block_size=9, column=column))
+    assert reason in str(caught.value)
+
+
+def test_documents_need_a_token_between_them(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no eos_token: set one"):
+        prepare(
+            write(tmp_path / "d.jsonl", *documents("a")),
+            tokenizer,
+            max_seq_len=9,
+            on_overlong="error",
+            cache_root=tmp_path,
+            form=Documents(block_size=9),
+        )
+
+
+def test_processed_data_are_taken_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100], "len": 4},
+        {"input_ids": [5, 6], "labels": [5, 6]},
+        {"input_ids": [5, 6], "labels": [-100, -100]},
+    ]
+    data = prepare_default(write(tmp_path / "d.jsonl", *rows), tmp_path, form=Processed())
+    samples = [[part.tolist() for part in data.sample(i)] for i in range(len(data))]
+    assert samples == [[[5, 6, 7], [-100, 6, 7]], [[5, 6], [-100, 6]]]
+    assert data.counts == DataCounts(rows=3, samples=2, dropped_empty=1, tokens=5, loss_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids but 1 labels: give one for each"),
+        ({"input_ids": [1]}, "has no 'labels' (keys: 'input_ids')"),
+        ({"input_ids": [], "labels": []}, "'input_ids' is empty"),
+        ({"input_ids": [1, 261], "labels": [1, 2]}, "input_ids[1] is 261: the tokenizer has the"),
+        ({"input_ids": [-1], "labels": [1]}, "input_ids[0] is -1"),
+        (
+            {"input_ids": [1, 2], "labels": [2, -100]},
+            "labels[0] is 2: must be -100 or input_ids[0]",
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, -1]}, "labels[1] is -1"),
+        ({"input_ids": [1, 2.5], "labels": [1, 2]}, "'input_ids' must hold whole numbers"),
+        ({"input_ids": [1, 2], "labels": [True, 2]}, "'labels' must hold whole numbers"),
+        ({"input_ids": [True, False], "labels": [1, 0]}, "'input_ids' must hold whole numbers"),
+        ({"input_ids": [1, None], "labels": [1, 2]}, "'input_ids' must hold whole numbers"),
+        ({"input_ids": [[1], [2, 3]], "labels": [1, 2]}, "'input_ids' must hold whole numbers"),
+        ({"input_ids": [2**80], "labels": [1]}, "'input_ids' holds a number that is no token's"),
+        ({"input_ids": "12", "labels": [1]}, "'input_ids' must be a list of token ids, is a str"),
+    ],
+)
+def test_fault_of_processed_data_names_file_line_and_reason(
+    tmp_path: Path, line: Any, reason: str
+) -> None:
+    file = write(tmp_path / "d.jsonl", {"input_ids": [1, 260], "labels": [1, 260]}, line)
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 2: ") as caught:
+        prepare_default(file, tmp_path, form=Processed())
+    assert reason in str(caught.value)
+
+
+def test_preparation_holds_a_few_conversations_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were read and not yet written: never more than one group of them."""
+    read = written = most = 0
+    real_append = PreparedWriter.append
+
+    def rows(files: list[Path], faults: Faults) -> Iterator[Row]:
+        nonlocal read, most
+        for number in range(300):
+            read += 1
+            most = max(most, read - written)
+            yield Row(f"row {number}", row(answer="n" * 200))
+
+    def append(writer: PreparedWriter, *sample: Any) -> int:
+        nonlocal written
+        written += 1
+        return real_append(writer, *sample)
+
+    monkeypatch.setattr(data_module, "read_rows", rows)
+    monkeypatch.setattr(PreparedWriter, "append", append)
+    file = write(tmp_path / "d.jsonl", "")
+    assert len(prepare_default(file, tmp_path, max_seq_len=500)) == written == 300
+    assert most <= TEXTS_AT_ONCE + 1
+    read = written = most = 0
+    monkeypatch.setattr(samples_module, "CHARACTERS_AT_ONCE", 2_000)
+    prepare_default(write(tmp_path / "d.jsonl", "x"), tmp_path, max_seq_len=500)
+    assert most <= 2_000 // 200 + 1, "long texts go in smaller groups"
 
 
 def test_text_that_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
@@ -154,7 +376,7 @@ def test_empty_data_is_refused(tmp_path: Path, content: str) -> None:
 def test_paths_without_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         prepare_default(tmp_path / "none.jsonl", tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"holds no \*\.jsonl"):
+    with pytest.raises(ValueError, match=r"holds no data file: name them \*\.jsonl, "):
         prepare_default(tmp_path, tmp_path / "cache")
 
 
@@ -208,6 +430,8 @@ def test_digest_follows_what_decides_the_content(tmp_path: Path) -> None:
     others = {
         prepare_default(file, tmp_path, max_seq_len=99).digest,
         prepared(file, tmp_path, on_overlong="drop").digest,
+        prepare_default(file, tmp_path, on_bad_sample="skip").digest,
+        prepare_default(file, tmp_path, form=Chat(unmask=True)).digest,
         prepare_default(write(tmp_path / "e.jsonl", row(answer="no")), tmp_path).digest,
         prepare(
             file,
@@ -217,7 +441,7 @@ def test_digest_follows_what_decides_the_content(tmp_path: Path) -> None:
             cache_root=tmp_path,
         ).digest,
     }
-    assert len(others | {base}) == 5
+    assert len(others | {base}) == 7
 
 
 def test_folder_that_is_not_complete_is_made_anew(tmp_path: Path) -> None:

@@ -200,7 +200,10 @@ def test_image_holds_what_it_needs_and_nothing_more(
 ) -> None:
     needed, foreign = {
         "operator": ({"kopf", "kubernetes", "prometheus-client"}, {"torch", "numpy"}),
-        "trainer": ({"torch", "transformers", "wandb"}, {"kopf", "kubernetes", "aiohttp"}),
+        "trainer": (
+            {"torch", "transformers", "wandb", "pyarrow"},
+            {"kopf", "kubernetes", "aiohttp"},
+        ),
     }[image.name]
     installed = image.packages
     assert needed <= installed.keys()

@@ -1,7 +1,9 @@
 # ruff: noqa: RUF001 - the bars in one family's control tokens are full-width
 """The loss mask: exactly the assistant's words and the end of its turn, whatever the template."""
 
+import functools
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from osft_trainer.masking import ChatMasker, MaskedTokens, common_prefix_length
+from osft_trainer.chat_template import common_prefix_length
+from osft_trainer.conversations import THOUGHTS
+from osft_trainer.masking import ChatMasker, MaskedText, MaskedTokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -122,6 +126,185 @@ def test_real_templates_train_the_answers_and_their_ends_only(path: Path) -> Non
     assert all("What is the mat?" in prompt for prompt in prompts)
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Tells the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Where."}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+WITHOUT_CALLS = (
+    *("cohere", "gemma3", "gemma", "idefics3", "llama3", "llava_next", "phi3", "qwen2_5_vl"),
+    *("smolvlm", "deepseek_r1_distill", "lfm2"),
+)
+"""Templates that write no calls; deepseek_r1_distill asks for content that is null, which
+transformers leaves out."""
+
+
+def agent(*, thoughts: str | None = "reasoning_content", as_text: bool = False) -> list[Any]:
+    """A question, a call, its result, an answer."""
+    arguments: Any = {"city": "Paris"}
+    call = {
+        "type": "function",
+        "id": "call00001",
+        "function": {
+            "name": "get_weather",
+            "arguments": json.dumps(arguments) if as_text else arguments,
+        },
+    }
+    result = {
+        "role": "tool",
+        "name": "get_weather",
+        "tool_call_id": "call00001",
+        "content": "RESULT",
+    }
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answering = {"role": "assistant", "content": "ANSWER"}
+    if thoughts:
+        calling[thoughts], answering[thoughts] = "THOUGHT1", "THOUGHT2"
+    return [{"role": "user", "content": "QUESTION"}, calling, result, answering]
+
+
+def family_of(path: Path) -> str:
+    return max((name for name in FAMILIES if path.stem.startswith(name)), key=len)
+
+
+def real_masker(path: Path) -> tuple[PreTrainedTokenizerFast, ChatMasker]:
+    end = FAMILIES[family_of(path)][1]
+    tokenizer = make_tokenizer(path.read_text(), special=(end,) if end else ())
+    return tokenizer, ChatMasker(tokenizer)
+
+
+def writes_calls(path: Path) -> bool:
+    return path.stem.removesuffix("_training").removesuffix("_5") not in (
+        *WITHOUT_CALLS,
+        *("cohere2",),
+    )
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_real_templates_train_calls_and_thoughts(path: Path) -> None:
+    """Calls and answers whole, thoughts where the template writes them, nothing of the others."""
+    tokenizer, masker = real_masker(path)
+    if not writes_calls(path):
+        with pytest.raises(ValueError, match=r"does not write|refuses the conversation"):
+            masker.texts(agent(), TOOLS)
+        return
+    for thoughts in (None, *THOUGHTS):
+        texts = masker.texts(agent(thoughts=thoughts), TOOLS)
+        assert all("get_weather" in text.text for text in texts)
+        runs = [trained_runs(tokenizer, sample) for sample in masker.tokenize(texts)]
+        call, answer = [run for sample in runs for run in sample]
+        assert "get_weather" in call
+        assert "Paris" in call
+        assert "ANSWER" not in call
+        assert answer.endswith(f"ANSWER{FAMILIES[family_of(path)][1]}")
+        for word in ("QUESTION", "RESULT", "Tells the weather"):
+            assert word not in call + answer
+        if thoughts:
+            assert ("THOUGHT1" in call) == ("THOUGHT1" in texts[0].text)
+            assert ("THOUGHT2" in answer) == ("THOUGHT2" in texts[-1].text)
+            assert masker.writes_thoughts == ("THOUGHT1" in call)
+            scaffold = answer[: answer.find("THOUGHT2")] if "THOUGHT2" in answer else ""
+            assert "THOUGHT1" not in scaffold
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_real_templates_take_arguments_as_object_and_as_text(path: Path) -> None:
+    if writes_calls(path):
+        _, masker = real_masker(path)
+        (as_object, *_), (as_text, *_) = (
+            masker.texts(agent(as_text=form), TOOLS) for form in (False, True)
+        )
+        assert as_object == as_text
+        assert '\\"city' not in as_object.text
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_real_templates_train_every_turn_but_the_systems_when_unmasked(path: Path) -> None:
+    tokenizer, masker = real_masker(path)
+    system = None if path.stem.startswith("gemma") and "3" not in path.stem else "SYSTEM"
+    messages = chat("ASKED1", "ANSWER1", "ASKED2", "ANSWER2", system=system)
+    samples = masker.tokenize(masker.texts(messages, unmask=True))
+    runs = [run for sample in samples for run in trained_runs(tokenizer, sample)]
+    text = "|".join(runs)
+    words = re.findall(r"SYSTEM|ASKED\d|ANSWER\d", text)
+    assert words == ["ASKED1", "ANSWER1", "ASKED2", "ANSWER2"]
+    assert all(re.match(r"ASKED\d", run) for run in runs if "ASKED" in run)
+
+
+def test_end_of_a_turn_behind_white_space_is_not_the_end_of_the_text() -> None:
+    """A control token may close a call, and another one the turn."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}"
+        "<tool_call>{{ m.tool_calls[0].name }}</tool_call>\n{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = chat("go", "")
+    messages[1]["tool_calls"] = [{"name": "walk"}]
+    special = ("<tool_call>", "</tool_call>")
+    runs = trained(template, messages, special=special)
+    assert runs == [["<tool_call>walk</tool_call>\n<|im_end|>"]]
+
+
+def test_scaffold_before_thoughts_is_trained_where_history_changes() -> None:
+    """Thoughts go from a turn once another follows, so P and F differ before the turn begins."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.thinking and loop.last %}<|channel|>"
+        "{{ m.thinking }}<|end|>{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    template = template.replace("loop.last", "(loop.last or add_generation_prompt)")
+    messages = chat("a", "one", "b", "two")
+    messages[1]["thinking"] = messages[3]["thinking"] = "hmm"
+    assert trained(template, messages) == [
+        ["<|channel|>hmm<|end|><|message|>one<|end|>"],
+        ["<|channel|>hmm<|end|><|message|>two<|end|>"],
+    ]
+
+
+def test_call_that_the_template_does_not_write_is_refused() -> None:
+    """Trained as it is, it would teach to say nothing."""
+    messages = chat("go", "")
+    messages[1]["tool_calls"] = [{"name": "walk"}]
+    with pytest.raises(
+        ValueError, match="message 2 calls 'walk', which the chat template does not"
+    ):
+        trained(CHATML, messages)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("\ud83d", "holds half a character"), (functools.reduce(lambda v, _: [v], range(900), 1), "")],
+)
+def test_arguments_that_no_text_can_hold_are_refused(value: Any, words: str) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0] | tojson }}")
+    messages = chat("go", "")
+    messages[1]["tool_calls"] = [{"name": "walk", "arguments": {"to": value}}]
+    with pytest.raises(ValueError, match=words or "refuses the conversation"):
+        trained(template, messages)
+
+
+def test_unmasked_turns_are_trained_from_their_words_to_their_end() -> None:
+    messages = chat("hi", "the cat", "and?", "sat on", system="be kind")
+    tokenizer = make_tokenizer(CHATML)
+    masker = ChatMasker(tokenizer)
+    (sample,) = masker.tokenize(masker.texts(messages, unmask=True))
+    assert trained_runs(tokenizer, sample) == [
+        f"{turn}<|im_end|>" for turn in ("hi", "the cat", "and?", "sat on")
+    ]
+
+
 def test_two_turns_of_a_plain_template_are_one_sample() -> None:
     runs = trained(CHATML, chat("hi", "the cat", "and?", "sat on", system="be kind"))
     assert runs == [["the cat<|im_end|>", "sat on<|im_end|>"]]
@@ -132,7 +315,7 @@ def test_end_of_turn_need_not_be_the_end_of_text_token() -> None:
         "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|stop|>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]\n{% else %}{{ eos_token }}{% endif %}"
     )
-    assert trained(template, chat("a", "one", "b", "two")) == [["one<|stop|>"], ["two<|stop|>"]]
+    assert trained(template, chat("a", "one", "b", "two")) == [["one<|stop|>", "two<|stop|>"]]
 
 
 def test_token_over_the_border_belongs_to_the_answer() -> None:
@@ -159,7 +342,27 @@ def test_prompt_text_that_moves_is_not_trained() -> None:
         "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     messages = chat("what now", "the cat", "and then", "it sat", system="secret rule")
-    assert trained(template, messages) == [[" the cat</s>"], ["it sat</s>"]]  # " the" is one token
+    assert trained(template, messages) == [[" the cat</s>", "it sat</s>"]]  # " the" is one token
+
+
+@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
+@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+def test_turns_that_became_one_sample_are_predicted_from_the_same_tokens(path: Path) -> None:
+    """Each turn's words and all before them, whether other turns share the sample or not."""
+    _, masker = real_masker(path)
+    messages = chat("What is the mat?", "the cat sat", "And 2+2?", "It is <4>.", "Who?", "the cat")
+
+    def predictions(samples: list[MaskedTokens]) -> set[tuple[int, ...]]:
+        return {
+            tuple(sample.input_ids[: place + 1].tolist())
+            for sample in samples
+            for place in sample.loss_mask.nonzero()[0]
+        }
+
+    alone = [masker.texts(messages[: 2 * turn])[-1] for turn in (1, 2, 3)]
+    only_last = [MaskedText(text.text, text.spans[-1:], True) for text in alone]
+    together = masker.texts(messages)
+    assert predictions(masker.tokenize(only_last)) == predictions(masker.tokenize(together))
 
 
 def test_answer_that_starts_like_the_prompts_last_token_is_whole() -> None:

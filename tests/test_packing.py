@@ -17,6 +17,7 @@ from osft_trainer.packing import (
     batches_per_epoch,
     collate,
     epoch_order,
+    lpt_rounds,
     pack,
 )
 from osft_trainer.prepared import DataCounts, GrowingArray, PreparedData
@@ -206,6 +207,25 @@ def test_rounds_that_hold_everything_are_not_followed_by_an_empty_one() -> None:
 def test_sample_beyond_the_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match="12 tokens, more than max_tokens_per_gpu 10"):
         pack([3, 12], 2, 10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.integers(100, 300),
+)
+def test_no_plan_waits_longer_than_longest_processing_time(
+    lengths: list[int], world_size: int, capacity: int
+) -> None:
+    def duration(rounds: list[list[list[int]]]) -> int:
+        return sum(max(sum(lengths[p] for p in bins) for bins in each) for each in rounds)
+
+    longest_first = sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
+    theirs = lpt_rounds(longest_first, lengths, world_size, capacity)
+    ours = pack(lengths, world_size, capacity)
+    assert sorted(p for each in theirs for bins in each for p in bins) == list(range(len(lengths)))
+    assert duration(ours) <= duration(theirs)
 
 
 def waste(world_size: int, batch: int, capacity: int, longest: int) -> float:

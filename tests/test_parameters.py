@@ -39,10 +39,47 @@ def built(told: TrainingParameters) -> OSFTModel:
     folder = RunFolder(Path(told.ckpt_output_dir))
     folder.root.mkdir(parents=True, exist_ok=True)
     prepared = assembly.prepare_data(told, folder, ALONE)
-    model, _ = assembly.build_model(
+    model, *_ = assembly.build_model(
         told, folder, ALONE, base_digest="base", prepared=prepared, steps=1
     )
     return model
+
+
+FORMS: list[tuple[dict[str, Any], dict[str, Any], str, int]] = [
+    ({"is_pretraining": True, "block_size": 32}, {"text": "once upon a time"}, "rows", 18),
+    (
+        {"is_pretraining": True, "block_size": 17, "document_column_name": "body"},
+        {"body": "once upon a time"},
+        "samples",
+        18,
+    ),
+    ({"use_processed_dataset": True}, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, "rows", 18),
+    (
+        {"unmask_messages": True},
+        {"messages": [{"role": r, "content": "ab"} for r in ("user", "assistant")]},
+        "loss_tokens",
+        18 * 6,
+    ),
+]
+
+
+@pytest.mark.parametrize(("told", "row", "counted", "count"), FORMS)
+def test_data_of_every_form_are_trained_and_counted(
+    base: Path, tmp_path: Path, told: dict[str, Any], row: dict[str, Any], counted: str, count: int
+) -> None:
+    """One bad line in nineteen, to see it counted where people look."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("no JSON\n" + f"{json.dumps(row)}\n" * 18)
+    run = tmp_path / "run"
+    parameters = tiny.training(base, data, run, on_bad_sample="skip", num_epochs=1, **told)
+    result = tiny.run(parameters)
+    assert result.loss is not None
+    counts = json.loads((run / "plan.json").read_text())["data"]
+    assert (counts[counted], counts["skipped_bad"]) == (count, 1)
+    progress = json.loads((run / "progress.json").read_text())
+    shown = {metric["name"]: metric["value"] for metric in progress["metrics"]}
+    assert shown["dataSkippedBad"] == "1"
+    assert shown["dataSamples"] == str(counts["samples"])
 
 
 def test_the_optimizer_is_the_one_that_was_told(base: Path, tmp_path: Path) -> None:

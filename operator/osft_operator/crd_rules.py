@@ -113,6 +113,15 @@ def _limit(mode: str, field: str, needed: bool) -> list[Rule]:
     return [own, must] if needed else [own]
 
 
+def _of_documents(field: str) -> Rule:
+    return Rule(
+        TRAINING,
+        f"!has(self.{field}) || self.isPretraining",
+        f"{field} has no effect without isPretraining: set isPretraining",
+        f".{field}",
+    )
+
+
 _RESERVED_VARIABLE = " || ".join(
     [
         *(f"self.name.startsWith('{prefix}')" for prefix in names.RESERVED_ENVIRONMENT_PREFIXES),
@@ -171,6 +180,33 @@ RULES = [
         "other parameters would change the inputs that splitBy activations relies on: use "
         "otherParameters frozen",
         ".otherParameters",
+    ),
+    _of_documents("blockSize"),
+    _of_documents("documentColumnName"),
+    Rule(
+        TRAINING,
+        "!self.isPretraining || has(self.blockSize)",
+        "isPretraining needs blockSize: set it, for instance to maxSeqLen",
+        ".blockSize",
+    ),
+    Rule(
+        TRAINING,
+        "!has(self.blockSize) || self.blockSize <= self.maxSeqLen",
+        "blockSize must be at most maxSeqLen: lower blockSize or raise maxSeqLen",
+        ".blockSize",
+    ),
+    Rule(
+        TRAINING,
+        "size([self.isPretraining, self.useProcessedDataset, self.unmaskMessages].filter(a, a))"
+        " <= 1",
+        "isPretraining, useProcessedDataset and unmaskMessages exclude one another: keep one",
+        ".isPretraining",
+    ),
+    Rule(
+        TRAINING,
+        "!self.isPretraining || self.onOverlong == 'error'",
+        "onOverlong has no effect with isPretraining, which cuts documents into blocks: remove it",
+        ".onOverlong",
     ),
     *_limit("epoch", "numEpochs", needed=False),
     *_limit("step", "maxSteps", needed=True),

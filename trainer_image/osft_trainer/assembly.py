@@ -18,7 +18,7 @@ from osft_trainer import decomposition
 from osft_trainer.activations import block_importance, on_device
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.config import TrainingParameters
-from osft_trainer.data import open_prepared, prepare
+from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
 from osft_trainer.model import (
     OSFTModel,
@@ -52,6 +52,8 @@ def prepare_data(training: TrainingParameters, folder: RunFolder, world: World) 
             max_seq_len=training.max_seq_len,
             on_overlong=training.on_overlong,
             cache_root=folder.cache,
+            on_bad_sample=training.on_bad_sample,
+            form=form_of(training),
         )
         return str(prepared.folder)
 

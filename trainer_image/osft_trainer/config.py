@@ -50,7 +50,9 @@ class Parameters(BaseModel):
 
 def unknown_name(name: str, known: list[str]) -> str:
     """Say that a name is unknown and which known one is nearest."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # `batch_size` means effective_batch_size, though block_size is nearer by its letters.
+    longer = [each for each in known if name.lower() in each.lower()]
+    nearest = difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
     cure = f"did you mean {nearest[0]!r}?" if nearest else "see `osft-train --help`"
     return f"unknown parameter {name!r}; {cure}"
 
@@ -61,7 +63,8 @@ class TrainingParameters(Parameters):
     model_path: Path
     """Folder of the base model in Hugging Face format (safetensors), or its hub name."""
     data_path: Path
-    """JSONL file, or folder of JSONL files, one {"messages": [...]} object a line."""
+    """JSONL, JSON or Parquet file, folder of such files, or folder of datasets' save_to_disk. A row
+    is {"messages": [...]}, with "tools" and "unmask" if wanted; isPretraining takes other rows."""
     ckpt_output_dir: Path
     """Folder of the run: checkpoints, metrics and the final model. Shared by all nodes."""
     unfreeze_rank_ratio: float = Field(ge=0, le=1)
@@ -130,6 +133,19 @@ class TrainingParameters(Parameters):
 
     on_overlong: Literal["error", "drop", "truncate"] = "error"
     """What to do with a sample longer than maxSeqLen. Dropped and cut samples are counted."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be used. error: stop and name up to five, by file, line and
+    reason. skip: go on; the first ones are named in the log and all are counted."""
+    unmask_messages: bool = False
+    """Loss on every turn but the system's, in every sample; "unmask": true does it for one."""
+    use_processed_dataset: bool = False
+    """Rows hold input_ids and labels instead of messages; a label is -100 or the id itself."""
+    is_pretraining: bool = False
+    """Rows hold plain documents instead of messages: joined, and cut into blocks of blockSize."""
+    block_size: int | None = Field(default=None, ge=2, le=100_000_000)
+    """Tokens of a block, which is one sample. Needed with isPretraining; at most maxSeqLen."""
+    document_column_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Where a row of isPretraining keeps its text. Absent: in `document`, else in `text`."""
     use_liger: bool = True
     """Liger kernels on CUDA. On CPU they do not exist: a line in the log says that they are off."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -179,6 +195,35 @@ class TrainingParameters(Parameters):
             raise ValueError(
                 f"other_parameters {self.other_parameters} would change the inputs that split_by "
                 "activations relies on: use other_parameters frozen"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        forms = ("is_pretraining", "use_processed_dataset", "unmask_messages")
+        given = [name for name in forms if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude one another: keep one")
+        if self.is_pretraining and self.on_overlong != "error":
+            raise ValueError(
+                f"on_overlong {self.on_overlong} has no effect with is_pretraining, which cuts "
+                "documents into blocks: remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        for name in ("block_size", "document_column_name"):
+            if getattr(self, name) is not None and not self.is_pretraining:
+                raise ValueError(f"{name} has no effect without is_pretraining: set is_pretraining")
+        if not self.is_pretraining:
+            return self
+        if self.block_size is None:
+            raise ValueError("is_pretraining needs block_size: set it, for instance to max_seq_len")
+        if self.block_size > self.max_seq_len:
+            raise ValueError(
+                f"block_size {self.block_size} must be at most max_seq_len {self.max_seq_len}: "
+                "lower block_size or raise max_seq_len"
             )
         return self
 

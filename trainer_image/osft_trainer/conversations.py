@@ -1,152 +1,164 @@
-"""Reading chat data: JSONL files in, checked conversations out, every fault named by file and line.
+"""What a row of chat data must hold: a row in, a checked conversation out, or the reason why not.
 
-Lives here: which files belong to a data path, what a line must hold, and the list of faults.
-Called by `data.prepare`. Must never: guess what a malformed line meant, or stop at the first
-fault when the user could be told five at once.
+Lives here: roles, messages, thoughts, tools. Called by `samples`. Must never: guess what a
+malformed row meant, read files, or know any chat template.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates know."""
 
-MAX_FAULTS = 5
-"""Enough to see a pattern, few enough for a termination message."""
+INSTRUCTING_ROLES = ("system", "developer")
+"""Their words are never trained."""
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which a message carries the assistant's thoughts."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One checked line. `place` is "file, line 12" for messages to the user."""
+    """One checked row."""
 
-    place: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    unmask: bool
+    """Whether every turn but the system's carries loss."""
 
 
-@dataclass
-class Faults:
-    """What is wrong with the data so far; raises when the list is full."""
+def conversation(row: Any) -> Conversation:
+    """Check a row.
 
-    found: list[str] = field(default_factory=list)
-
-    def add(self, place: str, reason: str) -> None:
-        """Note one fault.
-
-        Raises:
-            ValueError: MAX_FAULTS have been found; more reading would not help the user.
-        """
-        self.found.append(f"{place}: {reason}")
-        if len(self.found) >= MAX_FAULTS:
-            self.raise_if_any()
-
-    def raise_if_any(self) -> None:
-        """Raise one ValueError that holds every fault."""
-        if self.found:
-            count = len(self.found)
-            more = " (reading stopped here)" if count >= MAX_FAULTS else ""
-            problems = "1 problem" if count == 1 else f"{count} problems"
-            raise ValueError(
-                "\n  ".join([f"data_path: {problems} in the data{more}:", *self.found])
-            )
-
-
-def data_files(data_path: str | Path) -> list[Path]:
-    """The JSONL file itself, or the *.jsonl files of a folder in the order of their names.
+    `messages` and `tools` may be JSON in a string, as tables carry them. Keys of a message whose
+    value is null or empty are left out: templates ask whether a key is there.
 
     Raises:
-        ValueError: there is no such path, or no such file in the folder.
+        ValueError: it holds no conversation to learn from; says why.
     """
-    path = Path(data_path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"data_path {str(path)!r} does not exist: give a JSONL file or a folder")
-    files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
-    if not files:
-        raise ValueError(f"data_path {str(path)!r} holds no *.jsonl file: name them so")
-    return files
-
-
-def read_conversations(files: Sequence[Path], faults: Faults) -> Iterator[Conversation]:
-    """Yield the sound conversations in order; put the others into `faults`. Blank lines pass.
-
-    Raises:
-        ValueError: `faults` is full.
-    """
-    for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # some editors write this mark
-                if not line.strip():
-                    continue
-                place = f"{file.name}, line {number}"
-                try:
-                    yield _parse(place, line)
-                except ValueError as error:
-                    faults.add(place, str(error))
-
-
-def _parse(place: str, line: bytes) -> Conversation:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read: it is nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object with 'messages', is {_kind(row)}")
-    if row.get("unmask"):
-        raise ValueError("'unmask' is not supported: only assistant turns are trained; remove it")
-    messages = row.get("messages")
+    row = as_object(row, "'messages'")
     if "messages" not in row:
-        keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
-        raise ValueError(f"has no 'messages' (keys: {keys})")
+        raise ValueError(f"has no 'messages'{keys_of(row)}{_other_form(row)}")
+    unmask = row.get("unmask") or False
+    if not isinstance(unmask, bool):
+        raise ValueError(f"'unmask' must be true or false, is {kind_of(unmask)}")
+    messages = _parsed(row["messages"], "messages")
     if not isinstance(messages, list):
-        raise ValueError(f"'messages' must be a list, is {_kind(messages)}")
+        raise ValueError(f"'messages' must be a list, is {kind_of(messages)}")
     if not messages:
         raise ValueError("'messages' is empty")
-    for number, message in enumerate(messages, start=1):
-        _check_message(message, f"message {number}")
-    if not any(message["role"] == "assistant" for message in messages):
+    checked = [_message(each, f"message {number}") for number, each in enumerate(messages, start=1)]
+    roles = {message["role"] for message in checked}
+    if unmask and roles <= set(INSTRUCTING_ROLES):
+        raise ValueError("has only system turns, so there is nothing to learn")
+    if not unmask and "assistant" not in roles:
         raise ValueError("has no assistant turn, so there is nothing to learn")
-    return Conversation(place, messages, _tools(row.get("tools")))
+    return Conversation(checked, _tools(_parsed(row.get("tools"), "tools")), unmask)
 
 
-def _check_message(message: Any, name: str) -> None:
+def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"{name} must be an object with 'role' and 'content', is {_kind(message)}")
+        raise ValueError(
+            f"{name} must be an object with 'role' and 'content', is {kind_of(message)}"
+        )
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"{name} has the unknown role {role!r}: use one of {', '.join(ROLES)}")
+    name = f"{name} ({role})"
     content = message.get("content")
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        # Both spellings of a bare call are in use; templates expect text to be there.
-        message["content"] = content = ""
+    calls = _calls(message.get("tool_calls"), role, name)
+    if content is None and calls:
+        content = ""  # both spellings of a bare call are in use; templates expect text to be there
     if not isinstance(content, str):
-        raise ValueError(f"{name} ({role}): 'content' must be a string, is {_kind(content)}")
+        raise ValueError(f"{name}: 'content' must be a string, is {kind_of(content)}")
+    others = {key: value for key, value in message.items() if value not in (None, "", [])}
+    checked = {**others, "role": role, "content": content}
+    if calls:
+        checked["tool_calls"] = calls
+    thoughts = [key for key in THOUGHTS if key in checked]
+    if len({str(checked[key]) for key in thoughts}) > 1:
+        raise ValueError(f"{name}: {' and '.join(thoughts)} differ: give one of them")
+    for key in thoughts:
+        if not isinstance(checked[key], str):
+            raise ValueError(f"{name}: {key!r} must be a string, is {kind_of(checked[key])}")
+    _check_characters(checked, name)
+    return checked
+
+
+def _calls(calls: Any, role: str, name: str) -> list[dict[str, Any]] | None:
+    calls = _parsed(calls, "tool_calls")
+    if calls is None or calls == []:
+        return None
+    if role != "assistant":
+        raise ValueError(f"{name}: only an assistant has 'tool_calls'")
+    if not isinstance(calls, list):
+        raise ValueError(f"{name}: 'tool_calls' must be a list, is {kind_of(calls)}")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{name}: each of 'tool_calls' must be an object with the name of a function"
+            )
+    return calls
+
+
+def _check_characters(message: Mapping[str, Any], name: str) -> None:
     for key, value in message.items():
         if isinstance(value, str) and not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ValueError(f"{name} ({role}): {key!r} holds half a character") from error
+                raise ValueError(f"{name}: {key!r} holds half a character") from error
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None or tools == []:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise ValueError("'tools' must be a list of objects")
-    return tools
+    parsed = [_parsed(tool, "tools") for tool in tools]
+    if not all(isinstance(tool, dict) for tool in parsed):
+        raise ValueError("'tools' must be a list of objects")
+    return parsed
 
 
-def _kind(value: Any) -> str:
+def _parsed(value: Any, key: str) -> Any:
+    """The value, or what the JSON in a string holds."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{key!r} is a string, and not of JSON: {error}") from error
+
+
+def _other_form(row: Mapping[str, Any]) -> str:
+    if "input_ids" in row:
+        return ": set use_processed_dataset to train on token ids"
+    if "document" in row or "text" in row:
+        return ": set is_pretraining to train on plain documents"
+    return ""
+
+
+def as_object(row: Any, needs: str) -> dict[str, Any]:
+    """The row, if it is a JSON object.
+
+    Raises:
+        ValueError: it is something else; `needs` says what the object shall hold.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object with {needs}, is {kind_of(row)}")
+    return row
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    """What the row holds instead, for the end of a message."""
+    return f" (keys: {', '.join(sorted(map(repr, row))[:8]) or 'none'})"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return "null or absent" if value is None else kinds.get(type(value), "a number")

@@ -65,7 +65,8 @@ def _micro_batches(
     for start in range(0, len(prepared), SAMPLES_AT_ONCE):
         lengths = prepared.lengths[start : start + SAMPLES_AT_ONCE]
         for bins in pack(lengths, world.size, max_tokens_per_gpu):
-            yield collate([prepared.sample(start + member) for member in bins[world.rank]])
+            members = (start + member for member in bins[world.rank])
+            yield collate([piece for at in members for piece in prepared.pieces(at)])
 
 
 @contextmanager

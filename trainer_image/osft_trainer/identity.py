@@ -20,7 +20,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from osft_trainer.config import RunParameters, TrainingParameters
-from osft_trainer.conversations import data_files
 from osft_trainer.outcome import Superseded
 from osft_trainer.report import (
     MAX_DOCUMENT_BYTES,
@@ -30,6 +29,7 @@ from osft_trainer.report import (
     read_document,
     write_atomically,
 )
+from osft_trainer.sources import data_files
 
 NOT_IN_FINGERPRINT = frozenset(
     {

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from osft_trainer.optimizer import set_learning_rate
 from osft_trainer.outcome import Diverged
 from osft_trainer.packing import GlobalBatch, batches, batches_per_epoch
 from osft_trainer.parallel import World, clip_gradients, set_gradient_sync, sum_over_ranks
+from osft_trainer.prefetch import prefetched
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
 from osft_trainer.schedule import LearningRates
@@ -108,10 +110,8 @@ class Loop:
             start_epoch=position.epoch,
             start_batch=position.batch,
         )
-        step = position.step
-        while self.total_steps is None or step < self.total_steps:
-            yield next(found)
-            step += 1
+        left = None if self.total_steps is None else max(0, self.total_steps - position.step)
+        yield from prefetched(islice(found, left))
 
     def _step(self, batch: GlobalBatch, position: Position) -> Step:
         begin = time.monotonic()

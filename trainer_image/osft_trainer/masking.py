@@ -1,29 +1,36 @@
 """Which tokens of a conversation carry loss: the assistant's words and the end of its turn.
 
-Lives here: rendering a conversation with the tokenizer's own chat template, finding the
-assistant's character ranges in the text, and turning them into token masks.
-Called by `data.prepare` once per data set; the training loop never comes here.
-Must never: add text the template did not write, tokenise a piece of a conversation on its own
-(tokens would differ from the ones seen at inference), or know any model family by name.
+Lives here: finding the assistant's character ranges in the text that the chat template writes, and
+turning them into token masks. Called by `samples` once per data set; the training loop never comes
+here. Must never: tokenise a piece of a conversation on its own (tokens would differ from the ones
+seen at inference), or know any model family by name.
 
 The rule. For assistant turn i let P be the rendered conversation before it with the generation
-prompt (what the model is given at inference) and F the rendered conversation up to and with it.
-P a prefix of F, and F a prefix of the whole rendered text, for every turn: one sample, loss from
-the end of P to the turn's end token. Otherwise the template writes a turn differently once the
-conversation goes on (thoughts are removed, another end token), and every assistant turn becomes a
-sample of its own, with the text F.
+prompt (what the model is given at inference) and F the rendered conversation up to and with it. The
+turn's sample has the text F, and loss from the end of the longest common prefix of P and F to the
+turn's end token. A sample whose text, as far as it carries loss, is how the next one's begins is
+made one with it: most templates give one sample a conversation, and those that write a turn
+differently once the conversation goes on (thoughts are removed, another end token) give several.
+Where other turns are trained, too (`unmask`), it is from their first word to the end of the turn:
+what stands before it is the template's, not theirs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
+from osft_trainer.chat_template import (
+    ChatTemplate,
+    Message,
+    Messages,
+    Tools,
+    common_prefix_length,
+)
+from osft_trainer.conversations import INSTRUCTING_ROLES
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,15 @@ class MaskedText:
     text: str
     spans: tuple[tuple[int, int], ...]
     has_turn_end: bool
+
+    def continued_by(self, later: Self) -> Self | None:
+        """Both as one, if `later` begins with this text as far as it carries loss; else None."""
+        end = self.spans[-1][1] if self.spans else 0
+        if not later.text.startswith(self.text[:end]):
+            return None
+        return type(self)(
+            later.text, self.spans + later.spans, self.has_turn_end and later.has_turn_end
+        )
 
 
 @dataclass(frozen=True)
@@ -45,10 +61,25 @@ class MaskedTokens:
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    lengths: tuple[int, ...] = ()
+    """Of the pieces that do not see one another; none: it is one piece."""
+
+    @classmethod
+    def empty(cls) -> Self:
+        """A sample from which nothing is to be learned."""
+        return cls(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_))
+
+    @classmethod
+    def trimmed(cls, input_ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> Self:
+        """Take the first token off the mask and cut behind the last target."""
+        mask[:1] = False
+        targets = np.flatnonzero(mask)
+        length = int(targets[-1]) + 1 if len(targets) else 0
+        return cls(input_ids[:length], mask[:length])
 
 
 class ChatMasker:
-    """Renders conversations with one tokenizer's chat template and marks the assistant's turns.
+    """Renders conversations with one tokenizer's chat template and marks the turns to train.
 
     Raises:
         ValueError: the tokenizer has no chat template, reports no character offsets, or its
@@ -62,12 +93,8 @@ class ChatMasker:
                 f"the tokenizer {type(tokenizer).__name__} is a slow one and reports no character "
                 "offsets, which the loss mask needs: save it with a tokenizer.json"
             )
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: use an instruct model, or put a "
-                "chat_template.jinja beside its tokenizer.json"
-            )
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._special_ids = np.array(
             sorted({i for i, t in added.items() if t.special} | set(tokenizer.all_special_ids)),
@@ -76,33 +103,53 @@ class ChatMasker:
         special = {t.content for t in added.values() if t.special}
         self._special_texts = tuple(special | set(tokenizer.all_special_tokens))
         self._end_texts = tuple({t.content for t in added.values()} | set(self._special_texts))
-        self._content_as_parts = self._needs_parts()
+        self._text_closer = self._closer_of_texts()
+
+    @property
+    def writes_thoughts(self) -> bool:
+        """Whether the template has a place for the assistant's thoughts."""
+        return self._template.thoughts is not None
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the template tells the model of its tools."""
+        return self._template.writes_tools
 
     def texts(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Messages, tools: Tools = None, *, unmask: bool = False
     ) -> list[MaskedText]:
         """Render one conversation into one or more texts with their loss ranges.
+
+        Args:
+            messages: the turns.
+            tools: what the assistant may call.
+            unmask: loss on every turn but the system's: from its words to the end of the turn.
 
         Raises:
             ValueError: the chat template refuses the conversation; with the template's words.
         """
-        full = self._render(messages, tools)
-        turns: list[MaskedText] = []
-        one_text = True
+        messages = self._template.adapted(messages)
+        samples: list[MaskedText] = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            is_last = index == len(messages) - 1
-            text = full if is_last else self._render(messages[: index + 1], tools)
-            start, is_prefix = self._turn_start(messages, index, tools, text)
-            end = self._turn_end(text, start)
-            ended = text[:end].endswith(self._end_texts)
-            turns.append(MaskedText(text, ((start, end),) if end > start else (), ended))
-            one_text = one_text and is_prefix and full.startswith(text)
-        if not one_text:
-            return turns
-        spans = tuple(span for turn in turns for span in turn.spans)
-        return [MaskedText(full, spans, all(turn.has_turn_end for turn in turns))]
+            role = message["role"]
+            if role == "assistant" or (unmask and role not in INSTRUCTING_ROLES):
+                turn = self._turn(messages, index, tools)
+                if samples and (longer := samples[-1].continued_by(turn)) is not None:
+                    samples[-1] = longer
+                else:
+                    samples.append(turn)
+        return samples or [MaskedText(self._template.render(messages, tools), (), True)]
+
+    def _turn(self, messages: Messages, index: int, tools: Tools) -> MaskedText:
+        """The conversation up to turn `index`, with loss on that turn only."""
+        text = self._template.render(messages[: index + 1], tools)
+        assistant = messages[index]["role"] == "assistant"
+        find = self._turn_start if assistant else self._own_words_start
+        start = find(messages, index, tools, text)
+        end = self._turn_end(text, start)
+        _check_calls(messages[index], index, text[start:end])
+        ended = not assistant or text[:end].endswith(self._end_texts)
+        return MaskedText(text, ((start, end),) if end > start else (), ended)
 
     def tokenize(self, texts: Sequence[MaskedText]) -> list[MaskedTokens]:
         """Tokenise whole texts, each once, and carry the character ranges over to the tokens."""
@@ -130,8 +177,6 @@ class ChatMasker:
         spans: Sequence[tuple[int, int]],
     ) -> MaskedTokens:
         """Mark the tokens that share a character with a span, then cut behind the last one."""
-        if not len(input_ids):
-            return MaskedTokens(input_ids, np.zeros(0, dtype=np.bool_))
         begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         is_special = np.isin(input_ids, self._special_ids)
         mask = np.zeros(len(input_ids), dtype=np.bool_)
@@ -141,35 +186,42 @@ class ChatMasker:
             # a control token that swallows the white space behind it.
             overlaps = (end > first) | ((begin == end) & (begin >= first))
             mask |= (begin < last) & overlaps & ~(is_special & (begin < first))
-        mask[0] = False
-        targets = np.flatnonzero(mask)
-        length = int(targets[-1]) + 1 if len(targets) else 0
-        return MaskedTokens(input_ids[:length], mask[:length])
+        return MaskedTokens.trimmed(input_ids, mask)
 
     def _turn_start(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         index: int,
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools,
         text: str,
-    ) -> tuple[int, bool]:
-        """Character of `text` (= F) where turn `index` starts, and whether P is a prefix of it."""
+    ) -> int:
+        """Character of `text` (= F) where turn `index` starts."""
         try:
-            prompt = self._render(messages[:index], tools, add_generation_prompt=True)
+            prompt = self._template.render(messages[:index], tools, add_generation_prompt=True)
         except ValueError:
             if index:
                 raise
             # Many templates cannot render an empty conversation, so there is no P to compare.
-            return self._own_words_start(messages, index, tools, text), True
+            return self._own_words_start(messages, index, tools, text)
         if text.startswith(prompt):
-            return len(prompt), True
+            return len(prompt)
         common = common_prefix_length(prompt, text)
-        history = self._render(messages[:index], tools)
+        history = self._template.render(messages[:index], tools)
         if not prompt.startswith(history) or common < len(history):
-            # The two differ before the turn has begun (a system prompt that moves to the last
-            # user turn, say): only the assistant's own words are known to be its own.
-            return self._own_words_start(messages, index, tools, text), False
-        return self._back_to_token_start(prompt, common), False
+            # The two differ before the turn has begun: a system prompt that moves to the last user
+            # turn, say, or thoughts before a call that go when the answer comes.
+            own = self._own_words_start(messages, index, tools, text)
+            return self._behind_prompt(text, own)
+        return self._back_to_token_start(prompt, common)
+
+    def _behind_prompt(self, text: str, own: int) -> int:
+        """Where a turn starts whose words start at `own`: behind the nearest generation prompt.
+
+        What the template writes in between (a channel's name, say) is the model's to write.
+        """
+        generation = self._template.generation_prompt
+        at = text.rfind(generation, 0, own) if generation else -1
+        return own if at < 0 else at + len(generation)
 
     def _back_to_token_start(self, prompt: str, position: int) -> int:
         """Move `position` out of the token it cuts: `<think>` must not hide `<table>`'s `<t`."""
@@ -183,85 +235,42 @@ class ChatMasker:
 
     def _own_words_start(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         index: int,
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools,
         text: str,
     ) -> int:
-        """Where the turn's content starts: where `text` changes when other words are put in."""
-        words = _text_of(messages[index])
-        other = "\u241f" if not words.startswith("\u241f") else "\u241e"
-        changed = {**messages[index], "content": other}
-        return common_prefix_length(text, self._render([*messages[:index], changed], tools))
+        """Where the turn's words start: where `text` changes when other words are put in."""
+        changed = [*messages[:index], self._template.with_other_words(messages[index])]
+        return common_prefix_length(text, self._template.render(changed, tools))
 
     def _turn_end(self, text: str, start: int) -> int:
         """Character behind the turn's end token; white space behind it is not trained.
 
-        Some templates close the text (not the turn) with one more control token after white
-        space; what ends the turn is the one before.
+        Where the template closes the text (not the turn) with one more control token, what ends
+        the turn is the one before.
         """
         end = len(text.rstrip())
-        while True:
-            closing = [t for t in self._special_texts if text.endswith(t, 0, end)]
-            last = max(closing, default="", key=len)
-            inner = len(text[: end - len(last)].rstrip())
-            separated = last and inner < end - len(last)
-            if not separated or inner <= start or not text[:inner].endswith(self._special_texts):
-                return end
-            end = inner
+        if self._text_closer and text.endswith(self._text_closer, 0, end):
+            inner = len(text[: end - len(self._text_closer)].rstrip())
+            if inner > start and text[:inner].endswith(self._special_texts):
+                return inner
+        return end
 
-    def _needs_parts(self) -> bool:
-        """Whether the template wants content as a list of parts, as image models' templates do."""
-        probe = [{"role": "user", "content": "probe"}]
-        refused = False
-        for as_parts in (False, True):
-            self._content_as_parts = as_parts
-            try:
-                if "probe" in self._render(probe, None):
-                    return as_parts
-            except ValueError:  # perhaps it wants more than one message: each will speak for itself
-                refused = refused or not as_parts
-        if not refused:
-            raise ValueError("the tokenizer's chat template leaves the messages' words out: fix it")
-        return False
+    def _closer_of_texts(self) -> str:
+        """The control token at the end of every text that ends no turn within; often none."""
+        text = self._template.conversation.rstrip()
+        last = max((t for t in self._special_texts if text.endswith(t)), default="", key=len)
+        is_only_one = text.count(last, text.find("probe")) == 1 if last else False
+        return last if is_only_one else ""
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        if self._content_as_parts:
-            messages = [
-                {**m, "content": [{"type": "text", "text": m.get("content") or ""}]}
-                for m in messages
-            ]
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+
+def _check_calls(message: Message, index: int, turn: str) -> None:
+    """See that the template has written the calls: a turn without them would teach silence."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("function", call)["name"]
+        if name not in turn:
+            raise ValueError(
+                f"message {index + 1} calls {name!r}, which the chat template does not write: "
+                "use a template with tool calls, and one call a turn if it knows no more"
             )
-        # Templates are programs: a missing key or a wrong type shows up as any of these.
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        return str(rendered)
-
-
-def common_prefix_length(first: str, second: str) -> int:
-    """Length of the longest common prefix, by bisection: comparing slices runs at memory speed."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _text_of(message: Message) -> str:
-    content = message.get("content")
-    return content.strip() if isinstance(content, str) else ""

@@ -25,10 +25,6 @@ Plan = list[list[list[int]]]
 """Rounds of bins of sample positions."""
 
 
-ENOUGH = 0.98
-"""Share of rank time in use above which no second plan is tried: it costs time itself."""
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass of one rank: samples laid end to end, without padding.
@@ -86,10 +82,11 @@ def pack(
 ) -> Plan:
     """Rounds of one bin per rank; a bin lists positions in `lengths`. Every position comes once.
 
-    A round lasts as long as its fullest bin, so the others wait. Of two plans the one with fewer
-    rounds is taken, then the one that waits less: all bins about equally full (best when there is
-    plenty), or full rounds first and what is left spread evenly (best when one long sample would
-    tower over even bins). A rank may get an empty bin. Deterministic.
+    A round lasts as long as its fullest bin, so the others wait. Of three plans the one that lasts
+    shortest is taken, then the one with fewer rounds: all bins about equally full (best when there
+    is plenty), full rounds first and what is left spread evenly (best when one long sample would
+    tower over even bins), or longest-processing-time as mini_trainer has it. A rank may get an
+    empty bin. Deterministic.
 
     Raises:
         ValueError: a sample is longer than max_tokens_per_gpu.
@@ -105,13 +102,13 @@ def pack(
     longest_first = sorted(range(len(sizes)), key=lambda position: (-sizes[position], position))
 
     def cost(plan: Plan) -> tuple[int, int]:
-        return len(plan), sum(max(sum(sizes[p] for p in members) for members in r) for r in plan)
+        return sum(max(sum(sizes[p] for p in members) for members in r) for r in plan), len(plan)
 
-    even = _even_rounds(longest_first, sizes, world_size, max_tokens_per_gpu)
-    if sum(sizes) >= ENOUGH * world_size * cost(even)[1]:
-        return even
-    full = _full_rounds(longest_first, sizes, world_size, max_tokens_per_gpu)
-    return min(even, full, key=cost)
+    plans = (
+        make(longest_first, sizes, world_size, max_tokens_per_gpu)
+        for make in (_even_rounds, _full_rounds, lpt_rounds)
+    )
+    return min(plans, key=cost)
 
 
 def _even_rounds(
@@ -148,6 +145,27 @@ def _full_rounds(
             room[fullest] -= sizes[position]
         plan.append(bins)
         rest = left
+    return plan
+
+
+def lpt_rounds(
+    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
+) -> Plan:
+    """Round after round, as many of the longest that are left as can be spread over it."""
+    plan: Plan = []
+    rest = longest_first
+    while rest:
+        fits, too_many = 1, len(rest) + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if _spread(rest[:middle], sizes, world_size, capacity) is None:
+                too_many = middle
+            else:
+                fits = middle
+        bins = _spread(rest[:fits], sizes, world_size, capacity)
+        assert bins is not None, "one sample fits into an empty bin"
+        plan.append(bins)
+        rest = rest[fits:]
     return plan
 
 
@@ -227,7 +245,7 @@ def batches(
                 index=batch,
                 micro_batches=tuple(
                     collate(
-                        [prepared.sample(int(members[position])) for position in bins[rank]],
+                        [p for at in bins[rank] for p in prepared.pieces(int(members[at]))],
                         pad_token_id=pad_token_id,
                     )
                     for bins in rounds

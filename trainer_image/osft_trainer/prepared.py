@@ -6,11 +6,13 @@ set in memory, or unpickle anything.
 
 A folder holds, little-endian: input_ids.npy int32 [tokens], loss_mask.npy bool [tokens],
 offsets.npy int64 [samples + 1] (sample i is offsets[i]:offsets[i + 1]), loss_counts.npy int32
-[samples], meta.json, and COMPLETE, written last.
+[samples], meta.json, and COMPLETE, written last. Where samples hold several pieces that must not
+see one another, pieces.npy int64 [pieces + 1] holds their offsets, as offsets.npy the samples'.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +27,22 @@ NO_LOSS = -100
 """Label of a position without loss, as torch's cross entropy ignores it."""
 
 
+PIECES = "pieces.npy"
+
+
 @dataclass(frozen=True)
 class DataCounts:
     """What became of the data. `samples` is what training sees; the others explain it."""
 
-    conversations: int = 0
+    rows: int = 0
+    """Rows that could be used: conversations, documents, or lists of token ids."""
     samples: int = 0
     dropped_overlong: int = 0
     truncated: int = 0
     dropped_empty: int = 0
+    """Without a token to learn."""
+    skipped_bad: int = 0
+    """Rows that could not be used."""
     tokens: int = 0
     loss_tokens: int = 0
 
@@ -53,6 +62,8 @@ class PreparedData:
             for name in ("input_ids.npy", "loss_mask.npy", "offsets.npy")
         )
         loss_counts = np.load(folder / "loss_counts.npy", allow_pickle=False)
+        pieces = folder / PIECES
+        self._pieces = np.load(pieces, allow_pickle=False) if pieces.is_file() else None
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
         self.loss_counts: npt.NDArray[np.int64] = loss_counts.astype(np.int64)
 
@@ -70,6 +81,17 @@ class PreparedData:
         ids = torch.from_numpy(self._ids[part].astype(np.int64))
         mask = torch.from_numpy(np.array(self._mask[part]))
         return ids, ids.masked_fill(~mask, NO_LOSS)
+
+    def pieces(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The sample, cut where attention must not pass: most have one piece."""
+        ids, labels = self.sample(index)
+        if self._pieces is None:
+            return [(ids, labels)]
+        start, end = self._offsets[index : index + 2]
+        first, last = np.searchsorted(self._pieces, (start, end))
+        lengths = np.diff(self._pieces[first : last + 1]).tolist()
+        parts = (torch.split(whole, lengths) for whole in (ids, labels))
+        return list(zip(*parts, strict=True))
 
     def whole(self) -> PreparedPart:
         """All samples, as something that parts can be taken of."""
@@ -93,6 +115,10 @@ class PreparedPart:
     def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PreparedData.sample`."""
         return self._data.sample(int(self._indices[index]))
+
+    def pieces(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `PreparedData.pieces`."""
+        return self._data.pieces(int(self._indices[index]))
 
     def part(self, indices: npt.NDArray[np.int64]) -> PreparedPart:
         """Some of these samples; `indices`: positions among them."""
@@ -118,6 +144,57 @@ def open_prepared(folder: str | Path) -> PreparedData:
     if sizes != (tokens, tokens, tokens, samples) or len(data) != samples:
         raise ValueError(f"prepared data {str(folder)!r} is damaged: remove it, start again")
     return data
+
+
+class PreparedWriter:
+    """Writes the arrays of a folder sample by sample."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start empty arrays in a folder that is there."""
+        self._folder = folder
+        self._files = contextlib.ExitStack()
+        self._tokens = 0
+        self._whole = True
+        """No sample has had more than one piece."""
+        names = {"input_ids": "<i4", "loss_mask": "|b1", "offsets": "<i8", "loss_counts": "<i4"}
+        self._ids, self._mask, self._offsets, self._loss_counts, self._pieces = (
+            self._files.enter_context(GrowingArray(folder / name, dtype))
+            for name, dtype in (*((f"{n}.npy", d) for n, d in names.items()), (PIECES, "<i8"))
+        )
+        self._offsets.append([0])
+        self._pieces.append([0])
+
+    def append(
+        self,
+        input_ids: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.bool_],
+        lengths: tuple[int, ...],
+    ) -> int:
+        """Add a sample, with the lengths of its pieces; gives the number of its targets."""
+        targets = int(loss_mask.sum())
+        self._ids.append(input_ids)
+        self._mask.append(loss_mask)
+        self._pieces.append(self._tokens + np.cumsum(lengths or (len(input_ids),)))
+        self._tokens += len(input_ids)
+        self._offsets.append([self._tokens])
+        self._loss_counts.append([targets])
+        self._whole = self._whole and len(lengths) <= 1
+        return targets
+
+    def __enter__(self) -> Self:
+        """Hand out the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the arrays; the one of pieces goes when it says nothing new."""
+        self._files.close()
+        if self._whole:
+            (self._folder / PIECES).unlink()
 
 
 class GrowingArray:

@@ -11,10 +11,11 @@ import contextlib
 import json
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic.alias_generators import to_camel
 
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.arguments import TrainerArguments
@@ -32,7 +33,7 @@ from osft_trainer.packing import batches_per_epoch
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
-from osft_trainer.report import Retention, RunFolder, metric_lines
+from osft_trainer.report import Metric, Retention, RunFolder, metric_lines
 from osft_trainer.retention import RetentionText
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.tracking import Tracker, start_wandb
@@ -72,7 +73,11 @@ def train(
     steps = total_steps(training, prepared)
     # Before the model is read: a wrong schedule shall not cost minutes.
     rates = learning_rates(training, steps)
-    reporter.update(total_steps=steps, total_epochs=run.total_epochs(steps, prepared))
+    reporter.update(
+        total_steps=steps,
+        total_epochs=run.total_epochs(steps, prepared),
+        metrics=run.data_metrics(prepared),
+    )
     model, digest, text = build_model(
         training,
         folder,
@@ -157,6 +162,13 @@ class _Run:
         if steps is None:
             return None
         return steps / batches_per_epoch(len(prepared), self.training.effective_batch_size)
+
+    def data_metrics(self, prepared: PreparedData) -> list[Metric]:
+        """What became of the data, beside the metrics that are there already."""
+        counts = asdict(prepared.counts)
+        named = ("samples", "skipped_bad", "dropped_overlong", "truncated", "dropped_empty")
+        ours = [Metric(name=to_camel(f"data_{name}"), value=str(counts[name])) for name in named]
+        return [*self.reporter.current().metrics, *ours]
 
     def state(self, model: OSFTModel, decomposition: str) -> State:
         """Trainables and optimizer; after sharding, which replaces parameters."""

@@ -1,0 +1,112 @@
+"""How long ranks wait for the fullest bin of a round, and how long collation takes.
+
+`python tests/bench/packing.py` prints a table for log-normal mixes of lengths: the share of rank
+time lost to padding (there is none) and waiting, beside longest-processing-time as mini_trainer's
+sampler does it, and beside what no plan can avoid: the longest sample of a batch, and the even
+share of its tokens, take at least their time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from osft_trainer.packing import Plan, collate, lpt_rounds, pack
+
+LONG_PACK_TOKENS = 131_072
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Batches of samples whose lengths are log-normal, and where they go."""
+
+    world_size: int
+    batch: int
+    capacity: int
+    longest: int
+
+
+MIXES = [
+    Mix(1, 128, 8192, 4096),
+    Mix(2, 128, 8192, 4096),
+    Mix(4, 128, 8192, 4096),
+    Mix(8, 128, 8192, 4096),
+    Mix(8, 64, 4096, 4096),
+    Mix(16, 256, 16384, 8192),
+    Mix(32, 512, 8192, 4096),
+    Mix(64, 512, 8192, 4096),
+]
+
+
+def lengths_of(mix: Mix, batches: int) -> list[list[int]]:
+    """Median 400 tokens, a tail up to the longest; the same draw each time."""
+    random = np.random.default_rng(1)
+    draws = random.lognormal(mean=6.0, sigma=0.9, size=(batches, mix.batch))
+    return np.clip(draws, 16, mix.longest).astype(np.int64).tolist()  # type: ignore[no-any-return]
+
+
+def duration(plan: Plan, lengths: list[int]) -> int:
+    """Tokens on the critical path: the fullest bin of each round."""
+    return sum(max(sum(lengths[p] for p in bins) for bins in rounds) for rounds in plan)
+
+
+def waiting(mix: Mix, batches: int) -> dict[str, float]:
+    """Share of rank time that is lost: with our plans, with LPT's, and at least."""
+    spent = {"pack": 0, "lpt": 0, "least": 0.0}
+    used = 0
+    for lengths in lengths_of(mix, batches):
+        ours = pack(lengths, mix.world_size, mix.capacity)
+        longest_first = sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
+        theirs = lpt_rounds(longest_first, lengths, mix.world_size, mix.capacity)
+        spent["pack"] += duration(ours, lengths)
+        spent["lpt"] += duration(theirs, lengths)
+        spent["least"] += max(max(lengths), sum(lengths) / mix.world_size)
+        used += sum(lengths)
+    return {name: 1 - used / (mix.world_size * tokens) for name, tokens in spent.items()}
+
+
+def collation_milliseconds(samples: int, repeats: int) -> tuple[float, float]:
+    """Median and best time to lay so many samples, 131 k tokens together, end to end."""
+    random = np.random.default_rng(2)
+    lengths = random.multinomial(LONG_PACK_TOKENS - samples, np.ones(samples) / samples) + 1
+    parts = [torch.from_numpy(random.integers(0, 50_000, size=n)) for n in lengths.tolist()]
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        collate([(ids, ids) for ids in parts])
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times), 1e3 * min(times)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--batches", type=int, default=50, help="batches per mix")
+    batches = parser.parse_args().batches
+    print("ranks  batch  capacity  longest   ours    LPT  least  ms a batch")
+    for mix in MIXES:
+        begin = time.perf_counter()
+        for lengths in lengths_of(mix, batches):
+            pack(lengths, mix.world_size, mix.capacity)
+        milliseconds = 1e3 * (time.perf_counter() - begin) / batches
+        share = waiting(mix, batches)
+        shares = "  ".join(f"{share[name]:5.2%}" for name in ("pack", "lpt", "least"))
+        print(
+            f"{mix.world_size:5}  {mix.batch:5}  {mix.capacity:8}  {mix.longest:7}  {shares}  "
+            f"{milliseconds:10.1f}"
+        )
+    for samples in (300, 3000):
+        median, best = collation_milliseconds(samples, 50)
+        print(
+            f"collation of {LONG_PACK_TOKENS} tokens in {samples} samples: {median:.2f} ms, "
+            f"at best {best:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

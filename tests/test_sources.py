@@ -1,0 +1,193 @@
+"""Files and their rows: one content in every kind, faults by file and place, bounded memory."""
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as arrow
+import pytest
+from pyarrow import ipc, parquet
+
+from osft_trainer import sources
+from osft_trainer.faults import Faults
+from osft_trainer.sources import data_files, read_rows
+
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": f"é{number}"}, {"role": "assistant", "content": "y"}]}
+    for number in range(150)
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8-sig")
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=40)
+
+
+def write_arrow(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = arrow.Table.from_pylist(rows)
+    with ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+
+
+def write_arrow_stream(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = arrow.Table.from_pylist(rows)
+    with ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+
+
+KINDS: list[tuple[str, Callable[[Path, list[dict[str, Any]]], None], str]] = [
+    ("d.jsonl", write_jsonl, "d.jsonl, line 3"),
+    ("d.txt", write_jsonl, "d.txt, line 3"),
+    ("d.json", write_json, "d.json, element 3"),
+    ("lines.json", write_jsonl, "lines.json, line 3"),
+    ("d.parquet", write_parquet, "d.parquet, row 3"),
+    ("d.arrow", write_arrow, "d.arrow, row 3"),
+    ("stream.arrow", write_arrow_stream, "stream.arrow, row 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "third"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_every_kind_gives_the_same_rows(
+    tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], third: str
+) -> None:
+    write(tmp_path / name, ROWS)
+    faults = Faults()
+    read = list(read_rows(data_files(tmp_path / name), faults))
+    assert [row.value for row in read] == ROWS
+    assert read[2].place == third
+    assert faults.rows == len(ROWS)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 64])
+def test_an_array_is_read_in_pieces_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    rows = [{"é": '"\\u00e9\\"]', "n": [1.5e3, None, True, {"": []}]}, 123, "x\n", {}, -1, [], "12"]
+    path = tmp_path / "d.json"
+    path.write_text(f" {json.dumps(rows, indent=2)} \n")
+    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", pieces)
+    assert [row.value for row in read_rows([path], Faults())] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2, {'a': 1}, 4]", "after element 2: not JSON, .*Expecting property name"),
+        ("[1, 2", "after element 2: .*']' is missing"),
+        ("[1 2]", "after element 1: .*']' is missing"),
+        ("[1] 2", "after element 1: .*more text behind the array"),
+        ("[", "its beginning: not JSON, the rest of the file cannot be read"),
+        ("[" * 100_000, "its beginning: .*not JSON"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["error", "skip"])
+def test_an_array_that_is_broken_is_an_error_in_either_mode(
+    tmp_path: Path, text: str, words: str, mode: Any
+) -> None:
+    """Nobody can tell where the next element begins: skipping would lose the rest silently."""
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"data_path: d\.json, {words}"):
+        list(read_rows([path], Faults(mode)))
+
+
+def test_a_broken_table_is_named(tmp_path: Path) -> None:
+    for name in ("d.parquet", "d.arrow"):
+        (tmp_path / name).write_bytes(b"no table at all")
+        with pytest.raises(ValueError, match=f"data_path: {name} cannot be read: "):
+            list(read_rows([tmp_path / name], Faults()))
+
+
+def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "d.parquet", ROWS)
+
+    def lacking(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(sources.importlib, "import_module", lacking)
+    with pytest.raises(
+        ValueError, match=r"d\.parquet needs the package pyarrow: install osft\[data\]"
+    ):
+        list(read_rows([tmp_path / "d.parquet"], Faults()))
+
+
+def test_keys_that_a_row_of_a_table_lacks_are_left_out(tmp_path: Path) -> None:
+    """Columns give every row all keys; a template asks whether a key is there."""
+    calls = [{"function": {"name": "f", "arguments": {"city": "Paris"}}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "tool_calls": calls},
+            ],
+            "ids": [1, 2],
+        },
+        {"messages": [{"role": "user", "content": "hi"}]},
+    ]
+    write_parquet(tmp_path / "d.parquet", rows)
+    assert [row.value for row in read_rows([tmp_path / "d.parquet"], Faults())] == rows
+
+
+def test_a_saved_dataset_is_read_by_what_it_lists(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "saved", num_shards=3)
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"what a map has left here")
+    files = data_files(tmp_path / "saved")
+    assert [file.name for file in files] == [f"data-0000{n}-of-00003.arrow" for n in range(3)]
+    assert [row.value for row in read_rows(files, Faults())] == ROWS
+    files[1].unlink()
+    with pytest.raises(ValueError, match=r"without data-00001-of-00003\.arrow: copy it whole"):
+        data_files(tmp_path / "saved")
+
+
+def test_a_saved_dataset_with_splits_is_named_down_to_the_split(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "one")
+    assert [row.value for row in read_rows(data_files(tmp_path / "one"), Faults())] == ROWS
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "two")
+    with pytest.raises(
+        ValueError, match=r"several splits: give one of them: .*two/train, .*two/test"
+    ):
+        data_files(tmp_path / "two")
+    assert len(data_files(tmp_path / "two" / "test")) == 1
+
+
+def test_a_folder_gives_its_files_of_one_kind_in_order(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "notes.txt", ".hidden.parquet"):
+        write_parquet(tmp_path / name, ROWS[:1])
+    assert [file.name for file in data_files(tmp_path)] == ["a.parquet", "b.parquet"]
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"holds \*\.jsonl and \*\.parquet.*leave one kind"):
+        data_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "_"), KINDS[:3] + KINDS[4:], ids=lambda value: str(value)
+)
+def test_reading_holds_a_few_rows_only(
+    tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], _: str
+) -> None:
+    """Sixteen times the rows, and no more memory."""
+
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}-{name}"
+        write(path, [{"text": f"{number} " * 2000} for number in range(count)])
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read_rows([path], Faults())) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)
+    assert peak(3200) < 1.5 * peak(200) + 3_000_000

@@ -1,0 +1,218 @@
+"""Rendering conversations with a tokenizer's own chat template, in the form that it expects.
+
+Lives here: finding out by trial how a template wants content, thoughts and the arguments of calls,
+giving them to it so, and its refusals in words. Called by `masking`. Must never: add text that the
+template did not write, or know any model family by name.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from osft_trainer.conversations import THOUGHTS
+
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]] | None
+
+_MARKS = ("\u241f", "\u241e", "\u241d")
+"""Characters that stand for other words: one more than a message has texts."""
+
+_ASKED: Message = {"role": "user", "content": "probe"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+_CALL = {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}
+_CALL_AS_TEXT = {**_CALL, "arguments": json.dumps(_CALL["arguments"])}
+
+
+class ChatTemplate:
+    """One tokenizer's chat template.
+
+    Raises:
+        ValueError: the tokenizer has none, or it writes no message text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find out once what the template expects."""
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template: use an instruct model, or put a "
+                "chat_template.jinja beside its tokenizer.json"
+            )
+        self._tokenizer = tokenizer
+        self._content_as_parts = self._wants_parts()
+        self._arguments_as_text = self._wants_text()
+        self.thoughts = self._thoughts()
+        """Under which name the template looks for the assistant's thoughts; None: nowhere."""
+        self.writes_tools = self._shows_tools()
+        self.generation_prompt = self._generation_prompt()
+        """What it writes where the assistant shall begin; empty: nothing."""
+        self.conversation = self._conversation()
+        """A probe of three turns, user to user; of four, where the user must not be the last."""
+
+    def adapted(self, messages: Messages) -> list[dict[str, Any]]:
+        """The messages as this template reads them; for `render`, and once a conversation."""
+        return [self._adapted(message) for message in messages]
+
+    def with_other_words(self, message: Message) -> dict[str, Any]:
+        """An adapted message with other words in the place of its own, thoughts, calls and all.
+
+        They differ from its own in the first character.
+        """
+        content = message["content"]
+        content = content[0]["text"] if self._content_as_parts else content
+        thoughts = [key for key in THOUGHTS if key in message]
+        firsts = {text.strip()[:1] for text in (content, *(message[key] for key in thoughts))}
+        words = next(mark for mark in _MARKS if mark not in firsts)
+        kept = {key: value for key, value in message.items() if key != "tool_calls"}
+        changed = [{"type": "text", "text": words}] if self._content_as_parts else words
+        return {**kept, **dict.fromkeys(thoughts, words), "content": changed}
+
+    def render(
+        self, messages: Messages, tools: Tools, *, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of adapted messages.
+
+        Raises:
+            ValueError: the template refuses them; with its words.
+        """
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        # Templates are programs: a missing key or a wrong type shows up as any of these.
+        except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        return _whole_characters(str(rendered))
+
+    def _adapted(self, message: Message) -> dict[str, Any]:
+        changed = dict(message)
+        if self._content_as_parts:
+            changed["content"] = [{"type": "text", "text": message.get("content") or ""}]
+        thoughts = next((changed.pop(name) for name in THOUGHTS if name in message), None)
+        if thoughts is not None:
+            for name in THOUGHTS:
+                changed.pop(name, None)
+            changed[self.thoughts or THOUGHTS[0]] = thoughts
+        if "tool_calls" in message:
+            changed["tool_calls"] = [self._adapted_call(call) for call in message["tool_calls"]]
+        return changed
+
+    def _adapted_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A call with its arguments as an object or as JSON text; both spellings are in use."""
+        if "function" in call:
+            return {**call, "function": self._adapted_call(call["function"])}
+        arguments = call.get("arguments")
+        if self._arguments_as_text and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not self._arguments_as_text and isinstance(arguments, str):
+            try:
+                parsed = json.loads(arguments or "{}")
+            except (json.JSONDecodeError, RecursionError):
+                parsed = None
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        return {**call, "arguments": arguments}
+
+    def _wants_parts(self) -> bool:
+        """Whether the template wants content as a list of parts, as image models' templates do."""
+        refused = False
+        for as_parts in (False, True):
+            self._content_as_parts = as_parts
+            content = [{"type": "text", "text": "probe"}] if as_parts else "probe"
+            try:
+                if "probe" in self.render([{**_ASKED, "content": content}], None):
+                    return as_parts
+            except ValueError:  # perhaps it wants more than one message: each will speak for itself
+                refused = refused or not as_parts
+        if not refused:
+            raise ValueError("the tokenizer's chat template leaves the messages' words out: fix it")
+        return False
+
+    def _wants_text(self) -> bool:
+        """Whether it writes the arguments of a call as they come, so that they must be JSON text.
+
+        The other templates turn an object into JSON themselves, and would quote a text once more.
+        """
+        as_object = self._tried(_CALL)
+        if "probe_value" in as_object and "{'probe_key'" not in as_object:
+            return False
+        return "probe_value" in self._tried(_CALL_AS_TEXT)
+
+    def _thoughts(self) -> str | None:
+        """The name under which it finds thoughts; some templates show those of calls only."""
+        call = _CALL_AS_TEXT if self._arguments_as_text else _CALL
+        for name in THOUGHTS:
+            for tried in (None, call):
+                if "probe_thought" in self._tried(tried, **{name: "probe_thought"}):
+                    return name
+        return None
+
+    def _shows_tools(self) -> bool:
+        """Whether it tells the model of its tools; some do it in a system turn only."""
+        return "probe_tool" in self._rendered([_ASKED], [_TOOL]) or "probe_tool" in self._rendered(
+            [{"role": "system", "content": "probe"}, _ASKED], [_TOOL]
+        )
+
+    def _generation_prompt(self) -> str:
+        try:
+            asked = self.adapted([_ASKED])
+            prompt = self.render(asked, None, add_generation_prompt=True)
+            return prompt[common_prefix_length(prompt, self.render(asked, None)) :]
+        except ValueError:
+            return ""
+
+    def _conversation(self) -> str:
+        answered = [_ASKED, {"role": "assistant", "content": "yes"}]
+        return self._rendered([*answered, _ASKED], None) or self._rendered(answered * 2, None)
+
+    def _tried(self, call: Mapping[str, Any] | None, **more: str) -> str:
+        """A short conversation with an answer or a call; empty when the template refuses it."""
+        content = "" if call else "yes"
+        answer: dict[str, Any] = {"role": "assistant", "content": content, **more}
+        if self._content_as_parts:
+            answer["content"] = [{"type": "text", "text": content}]
+        if call:
+            answer["tool_calls"] = [{"type": "function", "id": "probe0001", "function": call}]
+        try:
+            return self.render([*self.adapted([_ASKED]), answer], None)
+        except ValueError:
+            return ""
+
+    def _rendered(self, messages: Messages, tools: Tools) -> str:
+        try:
+            return self.render(self.adapted(messages), tools)
+        except ValueError:
+            return ""
+
+
+def _whole_characters(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half a character, in a call or a tool perhaps") from error
+    return text
+
+
+def common_prefix_length(first: str, second: str) -> int:
+    """Length of the longest common prefix, by bisection: comparing slices runs at memory speed."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -37,7 +37,7 @@ from osft_trainer.retention import RetentionText, rows
 from osft_trainer.subspace import Split, needed_parts, split_weight
 from osft_trainer.targets import Plan, Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the digest: raise it when the numbers or the files change."""
 
 _USED_SHARE = "usedShare"
@@ -152,8 +152,13 @@ def _parts(target: Target, plan: Plan) -> frozenset[str]:
 
 
 def _cost(target: Target) -> float:
-    """Proportional to the work of a singular value decomposition."""
-    return float(prod(target.shape)) * min(target.shape[-2:])
+    """About proportional to the time of `bases.matrix_bases`.
+
+    Products with the long side, and the eigenvectors of the short side's Gram matrix, which take
+    as long as some fifteen products of its size.
+    """
+    short, long = sorted(target.shape[-2:])
+    return float(prod(target.shape[:-2])) * short**2 * (2 * long + 15 * short)
 
 
 def _missing(found: Decompositions) -> list[int]:
@@ -261,6 +266,8 @@ def _save(
 
 
 def _mark_complete(folder: Path) -> str:
+    if (folder / "COMPLETE").is_file():
+        return ""  # it may lie on a read-only file system by now
     folder.mkdir(parents=True, exist_ok=True)
     _sync(folder)
     (folder / "COMPLETE").touch()

@@ -29,7 +29,7 @@ SHAPES = {"square": (N, N), "wide": (N, 90), "tall": (90, N)}
 
 
 def matrix(spectrum: Tensor, rows: int, cols: int) -> Tensor:
-    """rows x cols with these singular values and random vectors, float64."""
+    """Rows x cols with these singular values and random vectors, float64."""
     torch.manual_seed(rows)
     left, _ = torch.linalg.qr(torch.randn(rows, N, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(cols, N, dtype=torch.float64))

@@ -117,6 +117,26 @@ def prepare(
     return found
 
 
+def stored(plan: Plan, cache: Path, digest: str) -> Decompositions | None:
+    """The bases of this digest, if all of them lie in the cache; nothing is computed."""
+    found = Decompositions(cache / "decomposition" / digest, digest, plan)
+    return found if (found.folder / "COMPLETE").is_file() else None
+
+
+def part_shapes(target: Target, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the bases that the target needs, by their names in `Split`."""
+    *batch, rows, cols = target.shape
+    kept, free = target.kept_rank, target.free_rank
+    every = {
+        "free_rows": (rows, free),
+        "free_cols": (free, cols),
+        "kept_rows": (rows, kept),
+        "kept_cols": (kept, cols),
+        "free_values": (free,),
+    }
+    return {name: (*batch, *every[name]) for name in sorted(_parts(target, plan))}
+
+
 def shares_by_cost(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Positions per rank: the dearest first, each to the rank that has least to do."""
     loads = [0.0] * ranks

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the README: the table of parameters. Run by `make generate`.
+"""Writes the generated parts of the README: parameters, benchmarks. Run by `make generate`.
 
 A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
+from bench.tables import training_tables
 from osft_trainer.arguments import describe
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
 
@@ -40,7 +41,11 @@ RUN_IN_YAML = {
     "attempt": "(the operator's count)",
     "on_existing_run": "`onExistingRun`",
 }
-PARTS = {"parameters": parameter_table, "launch parameters": launch_table}
+PARTS = {
+    "parameters": parameter_table,
+    "launch parameters": launch_table,
+    "training benchmark": training_tables,
+}
 
 
 def filled(text: str) -> str:

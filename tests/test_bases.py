@@ -115,6 +115,8 @@ def test_at_the_floors_the_bases_are_still_right() -> None:
         assert bases._by_gram(flat, RANK, free_long=True, kept_long=True) is not None
         found = matrix_bases(weight, RANK, EVERY)
         assert max(gram_only(found)) < 1e-9
+        alone = matrix_bases(weight, RANK, frozenset({"free_rows", "free_cols"}))
+        assert all((alone[name] - found[name]).abs().max() < 1e-7 for name in alone)
         left, _, _ = torch.linalg.svd(weight, full_matrices=False)
         assert torch.linalg.svdvals(left[:, :-RANK].mT @ found["free_rows"]).max() < 1e-7
 
@@ -134,6 +136,21 @@ def test_float32_bases_are_orthonormal_to_1e_6(
     if parameterization == "factored":
         assert (split["kept_rows"].mT @ split["free_rows"]).abs().max() < 1e-6
         assert (split["kept_cols"] @ split["free_cols"].mT).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("last", [1e-3, 1e-4, 1.5e-6])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_free_vectors_alone_avoid_the_kept_ones(shape: tuple[int, int], last: float) -> None:
+    """Also where they are not parted explicitly, down to the floor of that."""
+    spectrum = torch.cat([torch.linspace(1, 0.2, N - RANK), torch.logspace(-1, -6, RANK)])
+    spectrum[-RANK:] = spectrum[-RANK:].clamp_min(last)
+    weight = matrix(spectrum, *shape)
+    found = matrix_bases(weight, RANK, frozenset({"free_rows", "free_cols"}))
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    assert (left[:, :-RANK].mT @ found["free_rows"]).norm() < 1e-8
+    assert (right[:-RANK] @ found["free_cols"].mT).norm() < 1e-8
+    eye = torch.eye(RANK, dtype=torch.float64)
+    assert (found["free_cols"] @ found["free_cols"].mT - eye).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -1,7 +1,8 @@
 """The `osft` command: OSFTJobs on this machine, and a look at models and states.
 
-Entry point only: reads files, calls local, render, spec and inspection, prints. Exit codes: 0 succeeded, 1 the
-job failed, 2 bad input, 130 interrupted after saving. Must never import torch or talk to a cluster.
+Entry point only: reads files, calls local, render, spec and inspection, prints. Exit codes: 0
+succeeded, 1 the job failed, 2 bad input, 130 interrupted after saving. Must never import torch or
+talk to a cluster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The models of the benchmarks: by configuration, with random weights. Speed does not depend on them."""
+"""The models of the benchmarks: by configuration, with random weights.
+
+Speed does not depend on the numbers.
+"""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def training_table(result: Numbers) -> str:
     threads = "" if on_cuda else f", {result['threads']} threads"
     lines = [
         f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), {result['dtype']}, "
-        f"{result['tokens']} tokens a step, ratio {result['ratio']}, on {result['machine']}{threads}"
-        f" ({result['date']}, torch {result['torch']}):",
+        f"{result['tokens']} tokens a step, ratio {result['ratio']}, on "
+        f"{result['machine']}{threads} ({result['date']}, torch {result['torch']}):",
         "",
     ]
     head = ["method", "step s", "x plain", "spread", "tokens/s", "static GB", "x plain"]

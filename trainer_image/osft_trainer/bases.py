@@ -28,6 +28,8 @@ _FREE_FLOOR = 1e-12
 """Least (s_n / s_1)^2 of the Gram way, where free vectors of the long side are wanted."""
 _MEND_BELOW = 1e-6
 """(s_k / s_1)^2 below which kept vectors of the long side need their Cholesky factor."""
+_PART_BELOW = 2e-7
+"""s_k s_n / s_1^2 below which free vectors of the long side must be parted from the kept ones."""
 
 
 def matrix_bases(weight: Tensor, rank: int, parts: frozenset[str]) -> dict[str, Tensor]:
@@ -72,7 +74,8 @@ def singular_values(weight: Tensor) -> Tensor:
     """
     matrix = weight.double()
     matrix = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    return torch.linalg.eigvalsh(matrix @ matrix.mT).clamp_min(0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(matrix @ matrix.mT)
+    return squares.clamp_min(0).sqrt().flip(0)
 
 
 def _by_gram(
@@ -81,7 +84,7 @@ def _by_gram(
     """Vectors as columns; None where squaring would cost too many digits."""
     try:
         values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     weakest, weakest_kept, top = values[[0, rank, -1]].tolist()
     # Written so that a matrix of zeros takes the other way, too.
@@ -92,14 +95,17 @@ def _by_gram(
     found = {"kept_short": kept, "free_short": free}
     if not (free_long or kept_long):
         return found
-    partners = _unit(matrix.mT @ kept)
-    if weakest_kept < _MEND_BELOW * top:
-        partners = _orthonormal(partners)
-    found["kept_long"] = partners
-    if free_long:
-        partners_of_free = _unit(matrix.mT @ free)
-        # The kept ones are the accurate ones: what of them has leaked in is taken out.
-        partners_of_free -= partners @ (partners.mT @ partners_of_free)
+    partners_of_free = _unit(matrix.mT @ free) if free_long else None
+    parted = weakest * weakest_kept > (_PART_BELOW * top) ** 2
+    if kept_long or not parted:
+        partners = _unit(matrix.mT @ kept)
+        if weakest_kept < _MEND_BELOW * top:
+            partners = _orthonormal(partners)
+        found["kept_long"] = partners
+        if partners_of_free is not None:
+            # The kept ones are the accurate ones: what of them has leaked in is taken out.
+            partners_of_free -= partners @ (partners.mT @ partners_of_free)
+    if partners_of_free is not None:
         found["free_long"] = _orthonormal(partners_of_free)
     return found
 
@@ -126,10 +132,12 @@ def _signs(vectors: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Columns of length 1."""
-    return vectors / vectors.norm(dim=0, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=0, keepdim=True)
+    return vectors / lengths
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
     """An orthonormal basis of the same space, next to the nearly orthonormal columns given."""
     factor = torch.linalg.cholesky(vectors.mT @ vectors)
-    return torch.linalg.solve_triangular(factor, vectors.mT, upper=False).mT
+    rows: Tensor = torch.linalg.solve_triangular(factor, vectors.mT, upper=False)
+    return rows.mT

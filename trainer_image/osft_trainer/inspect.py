@@ -111,6 +111,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     # Here and below: torch takes seconds to load, and wrong arguments shall be refused before.
     from osft_trainer.planning import make_report
 
+    _hide_bars()
+
     report = make_report(
         training,
         processes=arguments.processes,
@@ -132,6 +134,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _spectrum(arguments: argparse.Namespace) -> int:
     from osft_trainer import spectrum, spectrum_plot
 
+    _hide_bars()
     if arguments.plot is not None:
         spectrum_plot.check(arguments.plot)
     found = spectrum.measure(
@@ -152,11 +155,18 @@ def _spectrum(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from osft_trainer.export_checkpoint import export_checkpoint
 
+    _hide_bars()
     position = export_checkpoint(
         arguments.checkpoint, arguments.out, arguments.model, arguments.dtype
     )
     print(f"wrote the model after step {position.step} to {arguments.out}")
     return ExitCode.DONE
+
+
+def _hide_bars() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _ratios(text: str) -> list[float]:

@@ -64,14 +64,9 @@ class Memory:
         return weights + self.factors + self.gradients + self.adam
 
     @property
-    def certain(self) -> int:
-        """What no setting of the step avoids."""
-        return self.static + self.gathered
-
-    @property
     def total(self) -> int:
-        """With the estimate of activations."""
-        return self.certain + self.activations
+        """With the estimates."""
+        return self.static + self.gathered + self.activations
 
     def to_json(self) -> dict[str, int]:
         """Plain values."""

@@ -83,18 +83,18 @@ class Report:
     def refusal(self, memory_gib: float) -> str | None:
         """Why the run cannot fit into so much memory per rank; None if it may.
 
-        Only what is certain counts: activations are an estimate.
+        Only what is certain counts: the rest is an estimate.
         """
-        needed = {"static bytes and gathered weights": self.memory.certain}
+        needed = {"what lies there all the time": self.memory.static}
         if self.device == "cpu":
-            needed["loading"] = self.memory.startup
+            needed["the model while it loads"] = self.memory.startup
         worst = max(needed, key=needed.__getitem__)
         if needed[worst] <= memory_gib * GIB:
             return None
         return (
-            f"--memory-gib: {memory_gib:g} GiB a rank cannot hold this run: {worst} alone "
-            f"need {needed[worst] / GIB:.2f} GiB. Give it more processes (nnodes, nprocPerNode), a lower "
-            "unfreezeRankRatio, parameterization core, or a smaller model"
+            f"--memory-gib: {memory_gib:g} GiB a process cannot hold this run: {worst} needs "
+            f"{size_words(needed[worst])}. Give it more processes (nnodes, nprocPerNode), a "
+            "lower unfreezeRankRatio, or a smaller model"
         )
 
     def warning(self, memory_gib: float) -> str | None:
@@ -102,8 +102,8 @@ class Report:
         if self.memory.total <= memory_gib * GIB:
             return None
         return (
-            f"{memory_gib:g} GiB a rank may be too little: with the estimate of activations "
-            f"{self.memory.total / GIB:.2f} GiB are needed. Lower maxTokensPerGpu, or set "
+            f"{memory_gib:g} GiB a process may be too little: by estimate "
+            f"{size_words(self.memory.total)} are needed. Lower maxTokensPerGpu, or set "
             "activationCheckpointing"
         )
 
@@ -133,8 +133,8 @@ class Report:
     def _memory_lines(self) -> Iterator[str]:
         memory = self.memory
         yield (
-            f"memory of each of {self.processes} processes, GiB "
-            f"({self.device}, {self.compute_dtype})"
+            f"memory of each of {self.processes} processes ({self.device}, {self.compute_dtype}; "
+            f"at most {self.passes_per_step} passes a step)"
         )
         for title, size in (
             ("effective weights of the targets", memory.effective),
@@ -150,7 +150,7 @@ class Report:
             ("together (estimate)", memory.total),
             ("host memory while loading", memory.startup),
         ):
-            yield f"  {title:<36}{size / GIB:>10.3f}"
+            yield f"  {title:<36}{size_words(size):>12}"
 
     def _data_lines(self) -> Iterator[str]:
         counts = self.counts
@@ -239,6 +239,11 @@ def energy_kept(weight: torch.Tensor, rank: int) -> float:
         total += float(squares.sum())
         kept += float(squares[: len(squares) - rank].sum())
     return kept / total if total else 1.0
+
+
+def size_words(size: int) -> str:
+    """Bytes as people read them: in GiB, small ones in MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def pattern_of(name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 import tiny
 from osft_operator import cli, inspection
+from osft_trainer import inspect
 from osft_trainer.report import RunFolder
 
 OSFT = str(Path(sys.executable).with_name("osft"))
@@ -24,6 +26,30 @@ def osft(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [OSFT, *map(str, arguments)], capture_output=True, text=True, check=False, env=ENVIRONMENT
     )
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same command in this process, which has torch already; a start of torch costs seconds."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", inspection.MODULE]
+        with pytest.raises(SystemExit) as ended:
+            inspect.main(command[3:])
+        return subprocess.CompletedProcess(command, int(ended.value.code or 0))
+
+    monkeypatch.setattr(inspection.subprocess, "run", run)
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([], int(ended.value.code or 0), said.out, said.err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +105,9 @@ def test_plan_reads_the_job_as_run_does(volumes: Path, tmp_path: Path) -> None:
     assert len(list(cache.iterdir())) == 1
 
 
-def test_plan_refuses_what_cannot_fit(volumes: Path, tmp_path: Path) -> None:
+def test_plan_refuses_what_cannot_fit(here: Any, volumes: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.yaml", {"resources": {"limits": {"nvidia.com/gpu": 1}}})
-    done = osft("plan", job, "--volumes", volumes, "--memory-gib", "0.00001")
+    done = here("plan", job, "--volumes", volumes, "--memory-gib", "0.00001")
     assert done.returncode == 2
     assert "bfloat16" in done.stdout
     assert "osft: --memory-gib: 1e-05 GiB a process cannot hold this run" in done.stderr
@@ -99,20 +125,22 @@ def test_plan_refuses_what_cannot_fit(volumes: Path, tmp_path: Path) -> None:
     ],
 )
 def test_plan_refuses_what_the_run_would_refuse(
-    volumes: Path, tmp_path: Path, changes: dict[str, Any], words: str
+    here: Any, volumes: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    done = osft("plan", write_job(tmp_path / "job.yaml", **changes), "--volumes", volumes)
+    done = here("plan", write_job(tmp_path / "job.yaml", **changes), "--volumes", volumes)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_spectrum_and_export_pass_their_arguments_on(volumes: Path, tmp_path: Path) -> None:
+def test_spectrum_and_export_pass_their_arguments_on(
+    here: Any, volumes: Path, tmp_path: Path
+) -> None:
     model, data = volumes / "models" / "tiny", volumes / "data" / "chats.jsonl"
-    shown = osft("spectrum", "--data", data, "--ratios=0.25,0.5", model)
+    shown = here("spectrum", "--data", data, "--ratios=0.25,0.5", model)
     assert shown.returncode == 0, shown.stderr
     assert "recommended unfreezeRankRatio: " in shown.stdout
-    refused = osft("spectrum", model, "--ratios=0.25,2")
+    refused = here("spectrum", model, "--ratios=0.25,2")
     assert refused.returncode == 2
     assert "'0.25,2' must be ratios between 0 and 1" in refused.stderr
     told = tiny.training(model, data, tmp_path / "run")
@@ -124,23 +152,28 @@ def test_spectrum_and_export_pass_their_arguments_on(volumes: Path, tmp_path: Pa
     assert exported.stdout == f"wrote the model after step 6 to {tmp_path / 'out'}\n"
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (folder.final / name).read_bytes()
-    again = osft("export", last, tmp_path / "out")
+    again = here("export", last, tmp_path / "out")
     assert again.returncode == 2
     assert "exists and is not empty" in again.stderr
 
 
-def test_a_plot_needs_matplotlib_and_a_known_suffix(volumes: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_a_plot_needs_matplotlib_and_a_known_suffix(
+    here: Any, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = volumes / "models" / "tiny"
     for suffix, begin in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
         path = tmp_path / f"plot{suffix}"
         data = volumes / "data" / "chats.jsonl"
-        done = osft("spectrum", model, "--data", data, "--plot", path)
+        done = here("spectrum", model, "--data", data, "--plot", path)
         assert done.returncode == 0, done.stderr
         assert path.read_bytes().startswith(begin)
-    refused = osft("spectrum", model, "--plot", tmp_path / "plot.gif")
+    refused = here("spectrum", model, "--plot", tmp_path / "plot.gif")
     assert refused.returncode == 2
     assert "must end in .png or .svg" in refused.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = here("spectrum", model, "--plot", tmp_path / "plot.png")
+    assert refused.returncode == 2
+    assert "pip install matplotlib" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "spectrum", "export"])
@@ -164,9 +197,9 @@ def test_without_the_trainer_it_says_what_to_install(
     assert "pip install 'osft[trainer]'" in said
 
 
-def test_the_help_names_all_commands() -> None:
-    done = osft("--help")
+def test_the_help_names_all_commands(here: Any) -> None:
+    done = here("--help")
     for command in ("run", "plan", "render", "validate", "spectrum", "export"):
         assert f"\n    {command} " in done.stdout
-    assert "--tolerance" in osft("spectrum", "--help").stdout
-    assert "--dtype" in osft("export", "--help").stdout
+    assert "--tolerance" in here("spectrum", "--help").stdout
+    assert "--dtype" in here("export", "--help").stdout

@@ -50,7 +50,8 @@ class Memory:
     frozen: int
     """Everything that is no target and is not trained."""
     startup: int
-    """Host memory of one rank while it loads: the whole model and all bases, not yet shared out."""
+    """Host memory of one rank while it loads: the whole model and the effective weights, not yet
+    shared out. The bases are mapped from their files, for all ranks of a node together."""
     gathered: int
     """Estimate: parameters of two blocks and of the rest as FSDP gathers them, and the product that
     the largest target's update needs."""
@@ -118,7 +119,8 @@ def memory_of(
     trained = trained_whole = startup = 0
     for kind, tensor in _tensors(model.hf):
         size = _share(tensor, 1 if kind == "buffer" else processes)
-        startup += tensor.numel() * tensor.element_size()
+        if kind not in ("trained", "bases"):
+            startup += tensor.numel() * tensor.element_size()
         if kind == "trained":
             trained += size // tensor.element_size()
             trained_whole += tensor.numel()

@@ -6,7 +6,7 @@ of the trainer.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 from osft_trainer.spectrum import Spectrum
@@ -20,11 +20,13 @@ def check(path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot: {path} must end in .png or .svg")
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
         raise ValueError(
             "--plot needs matplotlib: pip install matplotlib, or leave --plot out; the table says "
             "the same"
-        )
+        ) from error
 
 
 def plot(spectrum: Spectrum, path: Path) -> None:

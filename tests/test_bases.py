@@ -36,7 +36,7 @@ def matrix(spectrum: Tensor, rows: int, cols: int) -> Tensor:
     return (left * spectrum.double()) @ right.T
 
 
-def gram_only(found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def deviations(found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Deviation from the identity of both sides' bases together."""
     rows = torch.cat([found["kept_rows"], found["free_rows"]], dim=1)
     cols = torch.cat([found["kept_cols"], found["free_cols"]], dim=0).mT
@@ -53,7 +53,7 @@ def test_bases_split_the_matrix(spectrum: Tensor, shape: tuple[int, int]) -> Non
     """
     weight = matrix(spectrum, *shape)
     found = matrix_bases(weight, RANK, EVERY)
-    assert max(gram_only(found)) < 1e-9
+    assert max(deviations(found)) < 1e-9
     size = max(float(weight.norm()), 1e-30)
     assert (found["kept_rows"].mT @ weight @ found["free_cols"].mT).norm() < 1e-9 * size
     assert (found["free_rows"].mT @ weight @ found["kept_cols"].mT).norm() < 1e-9 * size
@@ -114,7 +114,7 @@ def test_at_the_floors_the_bases_are_still_right() -> None:
         flat = weight.mT if shape[0] > shape[1] else weight
         assert bases._by_gram(flat, RANK, free_long=True, kept_long=True) is not None
         found = matrix_bases(weight, RANK, EVERY)
-        assert max(gram_only(found)) < 1e-9
+        assert max(deviations(found)) < 1e-9
         alone = matrix_bases(weight, RANK, frozenset({"free_rows", "free_cols"}))
         assert all((alone[name] - found[name]).abs().max() < 1e-7 for name in alone)
         left, _, _ = torch.linalg.svd(weight, full_matrices=False)
@@ -174,9 +174,23 @@ def test_a_failed_eigen_decomposition_is_no_failure(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     found = matrix_bases(matrix(SPECTRA["even"], N, N), RANK, EVERY)
-    assert max(gram_only(found)) < 1e-9
+    assert max(deviations(found)) < 1e-9
 
 
 def test_singular_values_are_those_of_the_matrix() -> None:
     weight = matrix(SPECTRA["even"], 90, N).float()
     assert torch.allclose(singular_values(weight), SPECTRA["even"].double(), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_on_cuda_the_matrix_is_split_as_well(spectrum: Tensor, shape: tuple[int, int]) -> None:
+    weight = matrix(spectrum, *shape)
+    parts = matrix_bases(weight.cuda(), RANK, EVERY)
+    found = {name: part.cpu() for name, part in parts.items()}
+    assert max(deviations(found)) < 1e-9
+    size = max(float(weight.norm()), 1e-30)
+    assert (found["kept_rows"].mT @ weight @ found["free_cols"].mT).norm() < 1e-9 * size
+    assert (found["free_rows"].mT @ weight @ found["kept_cols"].mT).norm() < 1e-9 * size

@@ -62,6 +62,42 @@ def test_the_last_state_gives_the_final_model_bit_for_bit(
     assert content(tmp_path / "out") == content(folder.final)
 
 
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "given"])
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "made again"])
+def test_a_split_by_activations_is_exported_too(
+    base: Path, tmp_path: Path, sampled: bool, cached: bool
+) -> None:
+    text = None if sampled else str(base.parent / "data.jsonl")
+    trained(
+        base,
+        tmp_path / "run",
+        split_by="activations",
+        retention_data_path=text,
+        retention_tokens=1024,
+    )
+    folder = RunFolder(tmp_path / "run")
+    if not cached:
+        shutil.rmtree(folder.cache / "decomposition")
+    export_checkpoint(folder.complete_checkpoints()[-1], tmp_path / "out")
+    assert_final_but_for_retention(folder, tmp_path / "out")
+
+
+def test_adaptive_ranks_are_those_of_the_run(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "run", rank_allocation="adaptive", retention_tokens=1024)
+    folder = RunFolder(tmp_path / "run")
+    export_checkpoint(folder.complete_checkpoints()[-1], tmp_path / "out")
+    assert_final_but_for_retention(folder, tmp_path / "out")
+
+
+def assert_final_but_for_retention(folder: RunFolder, out: Path) -> None:
+    """What the run measured on its text at its end is not in any state."""
+    ours, theirs = content(out), content(folder.final)
+    told, expected = json.loads(ours.pop("osft.json")), json.loads(theirs.pop("osft.json"))
+    assert expected.pop("retention")
+    assert told == expected
+    assert ours == theirs
+
+
 def test_an_earlier_state_gives_that_epochs_export(run: RunFolder, tmp_path: Path) -> None:
     first = run.complete_checkpoints()[0]
     assert export_checkpoint(first, tmp_path / "out").step == 3

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def here(
             inspect.main(command[3:])
         return subprocess.CompletedProcess(command, int(ended.value.code or 0))
 
-    monkeypatch.setattr(inspection.subprocess, "run", run)
+    monkeypatch.setattr(inspection, "subprocess", SimpleNamespace(run=run))
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from osft_trainer.config import TrainingParameters
@@ -182,6 +183,32 @@ def test_energies_are_those_of_the_singular_values(base: Path, tmp_path: Path) -
     squares = torch.linalg.svdvals(experts.double()) ** 2
     assert energy_kept(experts, 2) == pytest.approx(float(squares[:, :4].sum() / squares.sum()))
     assert energy_kept(torch.zeros(4, 4), 2) == 1.0
+
+
+def test_a_split_by_activations_is_planned_without_reading(base: Path, tmp_path: Path) -> None:
+    told = {"split_by": "activations", "unfreeze_rank_ratio": 0.25, "retention_tokens": 1024}
+    report = report_of(base, tmp_path, **told)
+    tiny.run(tiny.training(base, base.parent / "data.jsonl", tmp_path, **told))
+    written = json.loads(RunFolder(tmp_path).plan.read_text())
+    assert report.plan.trainable == written["trainable"]
+    folder = next((tmp_path / "cache" / "decomposition").iterdir())
+    lies = sum(
+        tensor.numel() * 4
+        for path in folder.glob("*.safetensors")
+        for tensor in load_file(path).values()
+    )
+    assert report.memory.bases == lies > 0
+    with pytest.raises(ValueError, match="--energy has no meaning with split_by activations"):
+        report_of(base, tmp_path, energy=True, **told)
+
+
+def test_retention_text_is_checked_and_adaptive_ranks_said(base: Path, tmp_path: Path) -> None:
+    text = str(base.parent / "data.jsonl")
+    report = report_of(base, tmp_path, rank_allocation="adaptive", retention_data_path=text)
+    assert "ranks are means" in report.to_text()
+    (tmp_path / "few.jsonl").write_text((base.parent / "data.jsonl").read_text().split("\n")[0])
+    with pytest.raises(ValueError, match="at least 10 are needed"):
+        report_of(base, tmp_path, retention_data_path=str(tmp_path / "few.jsonl"))
 
 
 def test_too_little_memory_is_refused_and_doubtful_is_said(base: Path, tmp_path: Path) -> None:

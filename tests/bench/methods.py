@@ -30,10 +30,14 @@ from osft_trainer.model import (
 )
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
+from osft_trainer.report import RunFolder
+from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.shards import write_shard
 from osft_trainer.targets import plan_targets
 
 LORA_RANK = 32
+TEXT_CONVERSATIONS = 400
+"""Some 12,000 tokens: more than the widest input of the CPU's models."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +135,20 @@ def _load(setting: Setting, seconds: dict[str, float]) -> tuple[PreTrainedModel,
     return hf, fused
 
 
-def ours(setting: Setting, parameterization: str) -> Method:
+def ours(setting: Setting, parameterization: str, split_by: str = "weights") -> Method:
     """Our trainer; `dense` is plain fine-tuning of everything."""
     seconds: dict[str, float] = {}
     hf, fused = _load(setting, seconds)
     plain = parameterization == "dense"
     others = "all" if plain else "frozen"
-    plan = plan_targets(hf, setting.ratio, parameterization, None, others)
+    plan = plan_targets(hf, setting.ratio, parameterization, None, others, split_by)
+    text = _text(setting, hf) if split_by == "activations" else None
     for part in ("decompose", "decompose from cache"):
         with timed(seconds, part, setting.world):
             cache = setting.work / "cache"
-            bases = prepare(hf, plan, cache=cache, base_digest="bench", world=setting.world)
+            bases = prepare(
+                hf, plan, cache=cache, base_digest="bench", world=setting.world, retention=text
+            )
             for target in plan.targets:
                 split = bases.decompose(target, hf.get_parameter(target.parameter).detach())
                 # a file that is only mapped is not read
@@ -150,6 +157,20 @@ def ours(setting: Setting, parameterization: str) -> Method:
         model = convert(hf, plan, decompose=bases.decompose, fused_loss=fused)
         model.to(setting.world.device)
     return _of_ours(setting, model, seconds)
+
+
+def _text(setting: Setting, hf: PreTrainedModel) -> RetentionText | None:
+    """What stands for the text of old skills; its content does not matter for speed."""
+    setting.work.mkdir(parents=True, exist_ok=True)
+    data = tiny.data_file(setting.work / "old.jsonl", conversations=TEXT_CONVERSATIONS)
+    told = tiny.training(
+        setting.base,
+        data,
+        setting.work,
+        retention_data_path=str(data),
+        split_by="activations",
+    )
+    return prepare_retention(told, RunFolder(setting.work), setting.world, hf)
 
 
 def _of_ours(setting: Setting, model: OSFTModel, seconds: dict[str, float]) -> Method:
@@ -204,6 +225,7 @@ METHODS: dict[str, Callable[[Setting], Method]] = {
     "OSFT exact": lambda setting: ours(setting, "exact"),
     "OSFT core": lambda setting: ours(setting, "core"),
     "OSFT factored": lambda setting: ours(setting, "factored"),
+    "OSFT activations": lambda setting: ours(setting, "exact", "activations"),
     "PEFT OSF": lambda setting: peft(setting, "osf"),
     f"LoRA r={LORA_RANK}": lambda setting: peft(setting, "lora"),
     "mini_trainer OSFT": mini_trainer,

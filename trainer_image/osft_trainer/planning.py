@@ -25,6 +25,7 @@ from osft_trainer.packing import batches_per_epoch, epoch_order, pack
 from osft_trainer.parallel import World
 from osft_trainer.prepared import DataCounts, PreparedData
 from osft_trainer.report import RunFolder
+from osft_trainer.retention import prepare_retention
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.targets import Plan, Target
 
@@ -51,6 +52,8 @@ class Report:
     passes_per_step: int
     """Forward passes of a rank in one optimizer step, the most of the steps looked at."""
     counts: DataCounts
+    adaptive: bool
+    """The run will shift ranks between blocks; here every block has the mean."""
 
     def to_json(self) -> str:
         """One JSON object, sizes in bytes."""
@@ -71,6 +74,7 @@ class Report:
             "steps_per_epoch": self.steps_per_epoch,
             "passes_per_step": self.passes_per_step,
             "data": asdict(self.counts),
+            "adaptive": self.adaptive,
         }
         return json.dumps(document, indent=1)
 
@@ -109,7 +113,10 @@ class Report:
 
     def _target_lines(self) -> Iterator[str]:
         plan = self.plan
-        yield f"{self.model_path}: {plan.parameterization}, ratio {plan.unfreeze_rank_ratio:g}"
+        how = "activations" if plan.split_by == "activations" else plan.parameterization
+        yield f"{self.model_path}: {how}, ratio {plan.unfreeze_rank_ratio:g}"
+        if self.adaptive:
+            yield "ranks are means: rank_allocation adaptive shifts them between the blocks"
         yield (
             f"{plan.trainable:,} of {plan.total:,} numbers are trained "
             f"({plan.trainable / plan.total:.1%})"
@@ -179,8 +186,14 @@ def make_report(
             run's own decomposition.
 
     Raises:
-        ValueError: the run would refuse its input, too.
+        ValueError: the run would refuse its input, too; or energies are asked for where not the
+            strong directions of the matrix are kept.
     """
+    if energy and training.split_by == "activations":
+        raise ValueError(
+            "--energy has no meaning with split_by activations, which keeps directions of the "
+            "inputs, not of the matrix: leave it out; the run notes usedShare in plan.json"
+        )
     world = World(0, 0, 1, torch.device("cpu"))
     base = local_folder(training.model_path)
     training = training.model_copy(update={"model_path": str(base)})
@@ -189,6 +202,8 @@ def make_report(
     plan = plan_of(hf, training)
     folder = RunFolder(Path(training.ckpt_output_dir))
     prepared = prepare_data(training, folder, world)
+    if training.retention_data_path is not None:
+        prepare_retention(training, folder, world, hf)
     steps = total_steps(training, prepared)
     learning_rates(training, steps)
     passes = _passes_per_step(prepared, training, processes)
@@ -211,6 +226,7 @@ def make_report(
         steps_per_epoch=batches_per_epoch(len(prepared), training.effective_batch_size),
         passes_per_step=passes,
         counts=prepared.counts,
+        adaptive=training.rank_allocation == "adaptive",
     )
 
 

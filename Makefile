@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check generate verify bench bench-retention bench-data clean
+.PHONY: demo test check generate verify clean
+.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,8 +40,17 @@ verify: generate         ## what is committed is what is generated
 bench-retention: $(VENV)/.dev ## what methods keep of the old while they learn the new (ARGS=--quick)
 	$(BIN)/python tests/bench/retention.py $(ARGS)
 
-bench: $(VENV)/.dev      ## step time beside plain fine-tuning and PEFT's OSF
-	$(BIN)/python tests/bench/train_step.py
+bench: bench-train
+
+bench-train: $(VENV)/.dev ## a training step beside plain fine-tuning, PEFT's OSF and LoRA (ARGS=--quick)
+	PYTHONPATH=tests $(BIN)/python -m bench.train_step $(ARGS)
+
+bench-gpu: $(VENV)/.dev  ## the same on CUDA, with mini_trainer where it is installed
+	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape qwen2.5-1.5b $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape llama-3.1-8b $(ARGS)
+
+bench-bases: $(VENV)/.dev ## the split beside a singular value decomposition, and its cache
+	PYTHONPATH=tests $(BIN)/python -m bench.decomposition $(ARGS)
 
 bench-data: $(VENV)/.dev ## packing and collation, and preparing a large file in little memory
 	$(BIN)/python tests/bench/packing.py

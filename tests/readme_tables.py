@@ -1,4 +1,4 @@
-"""Writes the generated parts of the README: parameters and benchmarks. Run by `make generate`.
+"""Writes the generated parts of the README: parameters, benchmarks. Run by `make generate`.
 
 A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
+from bench.tables import training_tables
 from osft_trainer.arguments import describe
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
 
@@ -49,6 +50,7 @@ PARTS = {
     "parameters": parameter_table,
     "launch parameters": launch_table,
     "retention benchmark": retention_tables,
+    "training benchmark": training_tables,
 }
 
 

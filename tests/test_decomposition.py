@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 import tiny
@@ -55,6 +56,26 @@ def test_a_target_without_bases_has_no_file(model: nn.Module, tmp_path: Path) ->
     target = plan.targets[0]
     assert found.decompose(target, model.get_parameter(target.parameter)).to_tensors() == {}
     assert [path.name for path in found.folder.iterdir()] == ["COMPLETE"]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_bases_are_mapped_not_copied(model: nn.Module, tmp_path: Path) -> None:
+    """The ranks of a node share them, so that none holds the whole factored model."""
+    plan = plan_of(model)
+    found = prepared(model, plan, tmp_path)
+    target = plan.targets[0]
+    size = 64 * 2**20
+    save_file({"free_rows": torch.ones(size // 4)}, found.path(target))
+    before = anonymous_bytes()
+    read = found.decompose(target, model.get_parameter(target.parameter)).free_rows
+    assert read is not None
+    assert float(read.sum()) == size // 4
+    assert anonymous_bytes() - before < size // 4
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The `osft` command: run, render and validate OSFTJobs on this machine.
+"""The `osft` command: OSFTJobs on this machine, and a look at models and states.
 
-Entry point only: reads files, calls local, render and spec, prints. Exit codes: 0 succeeded, 1 the
-job failed, 2 bad input, 130 interrupted after saving. Must never import torch or talk to a cluster.
+Entry point only: reads files, calls local, render, spec and inspection, prints. Exit codes: 0
+succeeded, 1 the job failed, 2 bad input, 130 interrupted after saving. Must never import torch or
+talk to a cluster.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from osft_operator import names, policy, render
+from osft_operator import inspection, names, policy, render
 from osft_operator.local import LocalJob
 from osft_operator.resolved import RenderSettings, resolve
 from osft_operator.spec import OSFTJob, problems
@@ -29,12 +30,22 @@ Object = dict[str, Any]
 SUCCEEDED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DEFAULT_FOLDER = Path("osft-volumes")
 
+PASSED_ON = {
+    "spectrum": "show what of a model lies in the directions that a ratio would free",
+    "export": "write a state of a run as a Hugging Face folder",
+}
+"""Commands whose arguments are the trainer's business, with what `osft --help` says of them."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    arguments = _parser().parse_args(argv)
+    told = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = arguments.action(arguments)
+        if told and told[0] in PASSED_ON:
+            code = inspection.run(told)
+        else:
+            arguments = _parser().parse_args(told)
+            code = arguments.action(arguments)
     except (ValueError, OSError) as error:
         print(f"osft: {error}", file=sys.stderr)
         code = BAD_INPUT
@@ -50,14 +61,19 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an OSFTJob on this machine, without a cluster")
     run.set_defaults(action=_run)
     run.add_argument("file", help="OSFTJob as YAML, or - for standard input")
-    run.add_argument(
-        "--volumes",
-        type=Path,
-        default=DEFAULT_FOLDER,
-        help="folder that stands for the cluster's storage: one folder in it per claim, and "
-        "secrets/NAME and configmaps/NAME with a file per key (default: %(default)s)",
-    )
+    _add_volumes(run)
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the status")
+    plan = commands.add_parser("plan", help="print what the run of an OSFTJob would do")
+    plan.set_defaults(action=_plan)
+    plan.add_argument("file", help="OSFTJob as YAML, or - for standard input")
+    _add_volumes(plan)
+    plan.add_argument("--energy", action="store_true", help="singular values, too: takes time")
+    plan.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
+    plan.add_argument(
+        "--memory-gib",
+        metavar="GIB",
+        help="memory of one process; exit with 2 if the run cannot fit into it",
+    )
     show = commands.add_parser("render", help="print the PyTorchJob that an OSFTJob becomes")
     show.set_defaults(action=_render)
     show.add_argument("file", help="OSFTJob as YAML, or - for standard input")
@@ -65,7 +81,19 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("validate", help="print every problem of an OSFTJob")
     check.set_defaults(action=_validate)
     check.add_argument("file", nargs="+", help="OSFTJobs as YAML, or - for standard input")
+    for name, text in PASSED_ON.items():
+        commands.add_parser(name, help=text)
     return parser
+
+
+def _add_volumes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--volumes",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        help="folder that stands for the cluster's storage: one folder in it per claim, and "
+        "secrets/NAME and configmaps/NAME with a file per key (default: %(default)s)",
+    )
 
 
 def load(file: str) -> list[Object]:
@@ -127,6 +155,16 @@ def _render(arguments: argparse.Namespace) -> int:
         manifest["metadata"].pop("ownerReferences", None)
     print(yaml.safe_dump_all(manifests, sort_keys=False), end="")
     return SUCCEEDED
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    body = _one(arguments.file)
+    if body is None:
+        return BAD_INPUT
+    options = [f"--{name}" for name in ("energy", "json") if getattr(arguments, name)]
+    if arguments.memory_gib is not None:
+        options.append(f"--memory-gib={arguments.memory_gib}")
+    return inspection.plan(body, arguments.volumes.resolve(), options)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -12,12 +12,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from osft_operator import decide as brain
-from osft_operator import local_pods
+from osft_operator import local_pods, local_volumes
 from osft_operator.local_runner import BackOff, PodProcess, Surroundings, free_port
 from osft_operator.observed import Observed
 from osft_operator.process_tree import Watchdog
@@ -34,8 +35,6 @@ DECIDE_SECONDS = 0.5
 BACK_OFF = BackOff(first_seconds=1, cap_seconds=30)
 """Pause before a failed pod's container is started again; a machine of one's own may hurry."""
 
-REFERENCES = {"Secret": "secrets", "ConfigMap": "configmaps"}
-"""Where Secrets and ConfigMaps lie below the volumes: a folder each, a file per key."""
 SETTINGS = RenderSettings(trainer_image="this-machine")
 """No image is pulled here: the trainer is the one installed beside this package."""
 
@@ -205,45 +204,14 @@ class LocalJob:
                 work_dir=self.work_dir / name,
                 mark=f"{self.mark}/{name}",
                 pod_ip=addresses[name],
-                volumes=self._folders(pod),
+                volumes=local_volumes.folders(pod, self.volumes, self.work_dir),
                 host=lambda host: addresses.get(host, "127.0.0.1"),
                 port=lambda port: ports.setdefault(port, free_port()),
-                references=self._reference,
+                references=partial(local_volumes.reference, self.volumes),
             )
             self.pods.append(PodProcess(pod, at, back_off=BACK_OFF))
         for process in self.pods:
             process.start()
-
-    def _reference(self, kind: str, name: str) -> Mapping[str, str] | None:
-        """A Secret or ConfigMap: a folder with a file per key; None when there is none."""
-        folder = self.volumes / REFERENCES[kind] / name
-        if not folder.is_dir():
-            return None
-        # an editor's or echo's last line break is no part of a token
-        return {
-            file.name: file.read_text(encoding="utf-8").rstrip("\n")
-            for file in folder.iterdir()
-            if file.is_file()
-        }
-
-    def _folders(self, pod: Object) -> dict[str, Path]:
-        """A folder for each of the pod's volumes; claims are kept, the rest is of this run."""
-        folders = {}
-        for volume in pod["spec"].get("volumes") or []:
-            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
-            config = volume.get("configMap", {}).get("name")
-            secret = volume.get("secret", {}).get("secretName")
-            if claim is not None:
-                folder = self.volumes / claim
-            elif config is not None:
-                folder = self.volumes / REFERENCES["ConfigMap"] / config
-            elif secret is not None:
-                folder = self.volumes / REFERENCES["Secret"] / secret
-            else:
-                folder = self.work_dir / pod["metadata"]["name"] / "volumes" / volume["name"]
-            folder.mkdir(parents=True, exist_ok=True)
-            folders[volume["name"]] = folder
-        return folders
 
 
 def _now() -> datetime:

@@ -1,16 +1,18 @@
 """What a run is made of, before its first step: prepared data, the model, the plan on paper.
 
-Called by `train`, by all ranks together. Must never: train, or write anything but the cache and
-plan.json.
+Called by `train`, by all ranks together; `export_checkpoint` and `planning` call parts of it.
+Must never: train, or write anything but the cache and plan.json.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -79,18 +81,10 @@ def build_model(
     """
     # A bar per rank makes the log of a pod unreadable.
     transformers_logging.disable_progress_bar()
-    dtype = _compute_dtype(training.compute_dtype, world.device)
+    dtype = compute_dtype(training.compute_dtype, world.device)
     hf = load_model(training.model_path, dtype, training.trust_remote_code)
     text = prepare_retention(training, folder, world, hf)
-    plan = plan_targets(
-        hf,
-        training.unfreeze_rank_ratio,
-        training.parameterization,
-        training.target_patterns,
-        training.other_parameters,
-        training.split_by,
-        _importance(training, hf, text, world),
-    )
+    plan = plan_of(hf, training, _importance(training, hf, text, world))
     if plan.trainable == 0:
         raise ValueError(
             f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
@@ -112,6 +106,24 @@ def build_model(
     return model, bases.digest, text
 
 
+def plan_of(
+    hf: nn.Module, training: TrainingParameters, importance: Sequence[float] | None = None
+) -> Plan:
+    """The plan that the parameters mean for this model, which may be on meta.
+
+    `importance` of each decoder block goes with rank_allocation adaptive.
+    """
+    return plan_targets(
+        hf,
+        training.unfreeze_rank_ratio,
+        training.parameterization,
+        training.target_patterns,
+        training.other_parameters,
+        training.split_by,
+        importance,
+    )
+
+
 def _importance(
     training: TrainingParameters, hf: PreTrainedModel, text: RetentionText | None, world: World
 ) -> list[float] | None:
@@ -128,7 +140,8 @@ def _importance(
     return found
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the frozen weights that parameter `compute_dtype` means on this device."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32

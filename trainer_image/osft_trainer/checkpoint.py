@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Checkpoints:
     keep: int
     check_owner: Callable[[], None]
     """Raises Superseded when a newer attempt owns the folder; called on the first rank."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What `export_checkpoint` must know of the run, as JSON values."""
 
     def save(self, state: State, position: Position) -> Path:
         """Write the state of all ranks, durable when this returns; then remove older ones.
@@ -110,7 +112,7 @@ class Checkpoints:
         return None
 
     def _restore(self, path: Path, state: State) -> Position:
-        saved = _read_meta(path)
+        saved = read_meta(path)
         assert saved is not None, "is_intact has read it"
         if saved["decomposition"] != state.decomposition:
             raise ValueError(
@@ -132,7 +134,7 @@ class Checkpoints:
 
     def _is_intact(self, path: Path) -> bool:
         """Whether this rank's share of the files is what was written; all are read once."""
-        saved = _read_meta(path)
+        saved = read_meta(path)
         if saved is None or saved.get("format") != FORMAT:
             return False
         for rank in range(int(saved["worldSize"])):
@@ -150,6 +152,7 @@ class Checkpoints:
             "attempt": self.attempt,
             "decomposition": state.decomposition,
             "position": asdict(position),
+            "run": dict(self.run),
         }
         (work / "state.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         sync(work / "state.json")
@@ -205,7 +208,8 @@ def _set_aside(path: Path) -> str:
     return str(aside)
 
 
-def _read_meta(path: Path) -> dict[str, Any] | None:
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """state.json of a state; None when it cannot be read."""
     try:
         found = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from osft_trainer.agreement import raise_together
+from osft_trainer.checkpoint import Position
 from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
@@ -93,6 +94,17 @@ def export_hf(
         except (OSError, SafetensorError) as error:
             failure = OSError(f"{out}: {error}")
     raise_together(failure, world, f"{out}: rank 0 could not write the export")
+
+
+def run_facts(run_id: str, fingerprint: str, position: Position) -> dict[str, object]:
+    """What osft.json says of the run that the model comes from."""
+    return {
+        "run_id": run_id,
+        "fingerprint": fingerprint,
+        "steps": position.step,
+        "loss": position.loss,
+        "loss_tokens": position.loss_tokens,
+    }
 
 
 def dense_weights(

@@ -95,11 +95,11 @@ def open_shard(folder: Path, rank: int) -> Shard | None:
 
 @torch.no_grad()
 def read_rows(
-    shards: list[Shard], trainables: Trainables, optimizer: torch.optim.Optimizer
+    shards: list[Shard], trainables: Trainables, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Fill this rank's rows of every parameter and of AdamW's state, in place.
 
-    The files may come from another number of ranks.
+    The files may come from another number of ranks. Without an optimizer only the parameters.
 
     Raises:
         ValueError: names or shapes are not the ones of this model.
@@ -115,6 +115,8 @@ def read_rows(
         )
     for name, parameter in trainables.items():
         _fill(shards, f"value/{name}", name, parameter)
+        if optimizer is None:
+            continue
         if name not in shards[0].steps:
             optimizer.state.pop(parameter, None)
             continue

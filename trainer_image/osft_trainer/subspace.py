@@ -1,7 +1,8 @@
 """Splitting a weight matrix into a kept and a free subspace.
 
-What lives here: the rank rule and the singular value decomposition, nothing else. Called by
-`model.convert` through a decomposition provider (which may add a cache) and by tests.
+What lives here: the rank rule and which bases a parameterisation needs, nothing else (`bases`
+computes them). Called by `model.convert` through a decomposition provider (which may add a cache)
+and by tests.
 Must never: touch modules, files or process groups.
 
 Letters: rows x cols is the matrix as it is stored (for `nn.Linear` out x in, for `Conv1D` in x out;
@@ -18,6 +19,8 @@ from decimal import ROUND_HALF_UP, Decimal
 
 import torch
 from torch import Tensor
+
+from osft_trainer.bases import matrix_bases
 
 PARAMETERIZATIONS = ("exact", "core", "factored", "dense")
 
@@ -88,18 +91,12 @@ def needed_parts(rows: int, cols: int, rank: int, parameterization: str) -> froz
     return frozenset({"free_cols", "kept_rows"} if rows > cols else {"free_rows", "kept_cols"})
 
 
-def split_weight(
-    weight: Tensor,
-    rank: int,
-    parameterization: str = "exact",
-    accuracy: torch.dtype = torch.float64,
-) -> Split:
+def split_weight(weight: Tensor, rank: int, parameterization: str = "exact") -> Split:
     """Decompose `weight` ([batch x] rows x cols) and keep the parts that are needed.
 
-    The decomposition runs on the weight's device in `accuracy`. In float64 the returned float32
-    bases are orthonormal, and orthogonal to what they leave out, to float32 rounding (about 1e-7);
-    in float32 to about 1e-6 divided by the relative gap at the cut. Signs are fixed (the entry of
-    largest magnitude of every row of V is positive), so equal input gives equal output.
+    Works in float64 on the weight's device, one matrix at a time. The returned float32 bases are
+    orthonormal, and orthogonal to what they leave out, to float32 rounding (about 1e-7). Equal
+    input gives equal output; for the signs see `bases.matrix_bases`.
 
     Raises:
         ValueError: if the weight holds NaN or infinity.
@@ -110,28 +107,18 @@ def split_weight(
         return Split()
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinity; check the checkpoint it was read from")
-    keep_dtype = torch.promote_types(weight.dtype, torch.float32)
-    left, values, right = torch.linalg.svd(weight.detach().to(accuracy), full_matrices=False)
-    left, right = _fix_signs(left, right)
-    cut = min(rows, cols) - rank
-    found = {
-        "free_rows": left[..., :, cut:],
-        "free_cols": right[..., cut:, :],
-        "kept_rows": left[..., :, :cut],
-        "kept_cols": right[..., :cut, :],
-        "free_values": values[..., cut:],
-    }
-    # A slice keeps the whole factor alive, and a strided one has no row shards: copy.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    batch = weight.shape[:-2]
+    found: dict[str, list[Tensor]] = {name: [] for name in sorted(parts)}
+    for matrix in weight.detach().reshape(-1, rows, cols):
+        made = matrix_bases(matrix.double(), rank, parts)
+        for name, kept in found.items():
+            # A slice keeps the whole factor alive, and a strided one has no row shards: copy.
+            part = made[name].to(dtype).clone(memory_format=torch.contiguous_format)
+            kept.append(part)
     return Split(
         **{
-            name: found[name].to(keep_dtype).clone(memory_format=torch.contiguous_format)
-            for name in sorted(parts)
+            name: torch.stack(kept).reshape(*batch, *kept[0].shape) if batch else kept[0]
+            for name, kept in found.items()
         }
     )
-
-
-def _fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    largest = right.abs().argmax(dim=-1, keepdim=True)
-    signs = torch.gather(right, -1, largest).sign()
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
-    return left * signs.transpose(-1, -2), right * signs

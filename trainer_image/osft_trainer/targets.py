@@ -66,6 +66,8 @@ class Plan:
     """Trained numbers in all."""
     total: int
     """Numbers of the model, tied ones counted once."""
+    importance: tuple[float, ...] | None = None
+    """Of each decoder block, where the ranks follow from it."""
 
     @property
     def frozen(self) -> int:
@@ -146,6 +148,7 @@ def plan_targets(
         uncovered=tuple(name for name in rest if name not in set(trained)),
         trainable=sum(t.trainable for t in targets) + sum(sizes[name] for name in trained),
         total=sum(sizes.values()),
+        importance=None if importance is None else tuple(importance),
     )
 
 

@@ -19,11 +19,12 @@ from pydantic.alias_generators import to_camel
 
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.arguments import TrainerArguments
-from osft_trainer.assembly import build_model, prepare_data
+from osft_trainer.assembly import build_model, compute_dtype, prepare_data
 from osft_trainer.checkpoint import Checkpoints, Position, State, mark_complete
 from osft_trainer.config import TrainingParameters
 from osft_trainer.evaluation import mean_loss
-from osft_trainer.export import OSFT_FILE, export_hf
+from osft_trainer.export import OSFT_FILE, export_hf, run_facts
+from osft_trainer.export_checkpoint import RunRecord
 from osft_trainer.identity import Claim, check_owner
 from osft_trainer.loop import Loop
 from osft_trainer.model import OSFTModel
@@ -36,6 +37,7 @@ from osft_trainer.progress import Reporter
 from osft_trainer.report import Metric, Retention, RunFolder, metric_lines
 from osft_trainer.retention import RetentionText
 from osft_trainer.schedule import learning_rates, total_steps
+from osft_trainer.targets import Plan
 from osft_trainer.tracking import Tracker, start_wandb
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def train(
     # Before a state is loaded: of the base model, also when the run goes on.
     before = run.retention_loss(model, text)
     state = run.state(model, digest)
-    checkpoints = run.checkpoints()
+    checkpoints = run.checkpoints(model.plan)
     start = run.resume(model, state, checkpoints)
     with run.tracker(start) as tracker:
         loop = Loop(
@@ -176,7 +178,7 @@ class _Run:
         optimizer = build_optimizer(trainables, self.training, model.plan.trained_others)
         return State(trainables, optimizer, decomposition)
 
-    def checkpoints(self) -> Checkpoints:
+    def checkpoints(self, plan: Plan) -> Checkpoints:
         """The states in this run's folder."""
         return Checkpoints(
             folder=self.folder,
@@ -184,6 +186,7 @@ class _Run:
             attempt=self.claim.attempt,
             keep=self.training.keep_checkpoints,
             check_owner=self._check_owner,
+            run=self._record(plan).model_dump(mode="json"),
         )
 
     def resume(self, model: OSFTModel, state: State, checkpoints: Checkpoints) -> Position:
@@ -255,13 +258,7 @@ class _Run:
         training = self.training
         from_first_rank(self.world, self._owner_is_checked)
         dtype = None if training.save_dtype is None else getattr(torch, training.save_dtype)
-        facts: dict[str, object] = {
-            "run_id": self.claim.run_id,
-            "fingerprint": self.claim.fingerprint,
-            "steps": position.step,
-            "loss": position.loss,
-            "loss_tokens": position.loss_tokens,
-        }
+        facts = run_facts(self.claim.run_id, self.claim.fingerprint, position)
         if retention is not None:
             facts["retention"] = retention.model_dump(by_alias=True, exclude_none=True)
         export_hf(
@@ -275,6 +272,19 @@ class _Run:
         )
         from_first_rank(self.world, lambda: mark_complete(out))
         self.say("wrote the model after step %d to %s", position.step, out)
+
+    def _record(self, plan: Plan) -> RunRecord:
+        """What makes a state exportable without its run."""
+        dtype = compute_dtype(self.training.compute_dtype, self.world.device)
+        # "auto" would mean another type where the export runs.
+        name = str(dtype).removeprefix("torch.")
+        return RunRecord(
+            training=self.training.model_copy(update={"compute_dtype": name}),
+            run_id=self.claim.run_id,
+            fingerprint=self.claim.fingerprint,
+            base_digest=self.claim.base_digest,
+            importance=plan.importance,
+        )
 
     def _check_owner(self) -> None:
         check_owner(self.folder, self.claim)

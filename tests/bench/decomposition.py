@@ -1,0 +1,132 @@
+"""Time of the kept and free bases beside one singular value decomposition, and of the cache.
+
+`make bench-bases` prints, for each shape, the seconds of `torch.linalg.svd` in
+float64 and of our `split_weight`, in turns, their ratio with its spread over the rounds, and how
+far the split found is from the exact one. Then it prepares the bases of a small model twice: the
+second time they are read. Random weights with a spectrum like that of trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from osft_trainer.decomposition import prepare
+from osft_trainer.parallel import World
+from osft_trainer.subspace import free_rank, split_weight
+from osft_trainer.targets import plan_targets
+
+SHAPES = [(1024, 1024), (1024, 3584), (3584, 1024)]
+RATIO = 0.25
+
+
+def weight_like_a_trained_one(rows: int, cols: int, device: torch.device) -> torch.Tensor:
+    """Gaussian noise and a few strong directions, rounded to bfloat16."""
+    torch.manual_seed(rows + cols)
+    noise = torch.randn(rows, cols) / cols**0.5
+    strong = torch.randn(rows, 16) @ torch.randn(16, cols) / (rows * cols) ** 0.25
+    return (noise + 0.3 * strong).bfloat16().float().to(device)
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on CPU those of this process, so that others there count less."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def largest_sine(weight: torch.Tensor, rank: int, form: str) -> float:
+    """Sine of the largest angle between a basis found and the kept space it must avoid, or fill."""
+    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    parts = split_weight(weight, rank, form).to_tensors()
+    kept = {"rows": left[:, :-rank], "cols": right[:-rank].mT}
+    found = 0.0
+    for name, part in parts.items():
+        side = name[-4:]
+        basis = (part if side == "rows" else part.mT).double()
+        inside = kept[side] @ (kept[side].mT @ basis)
+        wrong = inside if name.startswith("free") else basis - inside
+        found = max(found, float(torch.linalg.matrix_norm(wrong, 2)))
+    return found
+
+
+def bases(rounds: int, form: str, device: torch.device) -> None:
+    """One line for each shape."""
+    print(f"{'shape':<14}{'svd s':>8}{'ours s':>8}{'ratio':>8}{'spread':>16}{'angle':>10}")
+    for rows, cols in SHAPES:
+        weight = weight_like_a_trained_one(rows, cols, device)
+        rank = free_rank(rows, cols, RATIO)
+        theirs: list[float] = []
+        ours: list[float] = []
+        for turn in range(rounds + 1):
+            svd = timed(partial(torch.linalg.svd, weight.double(), full_matrices=False), device)
+            own = timed(partial(split_weight, weight, rank, form), device)
+            if turn > 0:  # the first one warms up
+                theirs.append(svd)
+                ours.append(own)
+        ratios = [own / svd for own, svd in zip(ours, theirs, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(
+            f"{f'{rows} x {cols}':<14}{statistics.median(theirs):>8.2f}"
+            f"{statistics.median(ours):>8.2f}{statistics.median(ratios):>8.2f}{spread:>16}"
+            f"{largest_sine(weight, rank, form):>10.1e}"
+        )
+
+
+def cache(form: str, device: torch.device) -> None:
+    """Start with an empty cache and with a full one."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=1024,
+            intermediate_size=3584,
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+        )
+    )
+    plan = plan_targets(model, RATIO, form)
+    world = World(0, 0, 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start() -> None:
+            found = prepare(model, plan, cache=Path(folder), base_digest="bench", world=world)
+            for target in plan.targets:
+                weight = model.get_parameter(target.parameter).detach().to(device)
+                for part in found.decompose(target, weight).to_tensors().values():
+                    part.clone()  # a file that is only mapped is not read
+
+        first = timed(start, device)
+        again = statistics.median([timed(start, device) for _ in range(3)])
+    print(
+        f"{len(plan.targets)} matrices of one block: {first:.2f} s with an empty cache, "
+        f"{again:.3f} s with a full one: {first / again:.0f} times faster"
+    )
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--form", default="exact", choices=["exact", "core", "factored"])
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    arguments = parser.parse_args()
+    print(f"{arguments.form}, ratio {RATIO}, {torch.get_num_threads()} threads, {arguments.device}")
+    bases(arguments.rounds, arguments.form, arguments.device)
+    cache(arguments.form, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

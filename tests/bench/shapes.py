@@ -1,0 +1,94 @@
+"""The models of the benchmarks: by configuration, with random weights.
+
+Speed does not depend on the numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import Qwen2ForCausalLM as Qwen2
+
+import tiny
+
+SHAPES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "quick": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
+    # MLP 3.5 times as wide, as Llama 3's
+    "llama-100m": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "vocab_size": 8192,
+            "hidden_size": 768,
+            "intermediate_size": 2688,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-1.5b": (
+        Qwen2,
+        Qwen2Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "llama-3.1-8b": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        },
+    ),
+}
+CPU_SHAPES, CUDA_SHAPES = ("quick", "llama-100m"), ("qwen2.5-1.5b", "llama-3.1-8b")
+
+
+def save(shape: str, folder: Path, dtype: torch.dtype) -> int:
+    """Write the model and a tokenizer as a Hugging Face folder; the number of its weights."""
+    model_class, config_class, values = SHAPES[shape]
+    torch.manual_seed(0)
+    model: PreTrainedModel = model_class(config_class(**values)).to(dtype)
+    model.save_pretrained(folder)
+    # Peers want one; no text is tokenised.
+    tiny.tokenizer().save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def step_flops(shape: str, weights: int, tokens: int) -> float:
+    """Floating-point operations of one plain training step, as MFU counts them.
+
+    6 for each weight and token, and 12 x layers x hidden x tokens^2 for attention; recomputation
+    is not counted, nor what a method adds or saves.
+    """
+    values = SHAPES[shape][2]
+    attention = 12 * values["num_hidden_layers"] * values["hidden_size"] * tokens
+    return float(tokens) * (6 * weights + attention)

@@ -1,0 +1,92 @@
+"""The benchmarks run, and their table says what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from bench import shapes
+from bench.methods import CUDA_ONLY, METHODS, PLAIN, Setting
+from bench.tables import training_table
+from osft_trainer.parallel import World
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in CUDA_ONLY])
+def test_a_method_trains_saves_and_exports(name: str, base: Path, tmp_path: Path) -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    method = METHODS[name](Setting(base, tmp_path, world, torch.float32, 0.25, False, False))
+    tokens = torch.arange(64)[None] % 50
+    for group in method.optimizer.param_groups:
+        group["lr"] = 1e-2
+    losses = [method.step(tokens) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    held = method.static_bytes()
+    trained = sum(p.numel() for p in method.trainables.values())
+    assert held["optimizer"] == 8 * trained
+    assert held["parameters"] >= 4 * trained
+    assert method.save(tmp_path / "state") > 12 * trained
+    method.export(tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    started = AutoModelForCausalLM.from_pretrained(base)
+    name_of = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(exported.get_parameter(name_of), started.get_parameter(name_of))
+
+
+def numbers(steps: list[float], **changes: Any) -> dict[str, Any]:
+    return {
+        "step_seconds": steps,
+        "start_seconds": {"load": 0.5, "decompose": 2.0},
+        "static_bytes": {"parameters": 600_000_000, "buffers": 0, "optimizer": 400_000_000},
+        "peak_bytes": 4 * 10**9,
+        "saved_bytes": 10**9,
+        "save_seconds": 1.0,
+        "export_seconds": None,
+        **changes,
+    }
+
+
+def test_the_table_gives_ratios_of_the_same_round() -> None:
+    result: dict[str, Any] = {
+        "machine": "m",
+        "device": "cuda",
+        "threads": 1,
+        "torch": "2",
+        "date": "d",
+        "shape": "quick",
+        "weights": 10**8,
+        "tokens": 100,
+        "ratio": 0.25,
+        "dtype": "bfloat16",
+        "step_flops": 1e12,
+        "peak_flops": 1e13,
+        "methods": {
+            PLAIN: numbers([1.0, 2.0, 4.0]),
+            "OSFT": numbers([0.5, 1.8, 4.4], peak_bytes=2 * 10**9),
+        },
+    }
+    last = training_table(result).splitlines()[-1]
+    cells = [cell.strip() for cell in last.strip("|").split("|")]
+    assert cells[:7] == ["OSFT", "1.800", "**0.90**", "0.50 to 1.10", "56", "1.000", "1.00"]
+    assert cells[7:10] == ["2.0", "0.50", "6%"]
+    assert cells[10:] == ["0.50", "2.00", "", "1.000", "1.00", ""]
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("llama-100m", 109e6), ("qwen2.5-1.5b", 1.54e9), ("llama-3.1-8b", 8.03e9)],
+)
+def test_shapes_have_the_size_of_their_name(shape: str, weights: float) -> None:
+    model_class, config_class, values = shapes.SHAPES[shape]
+    with torch.device("meta"):
+        model = model_class(config_class(**values))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(weights, rel=0.01)

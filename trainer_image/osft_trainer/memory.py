@@ -1,0 +1,219 @@
+"""What a run needs of memory on each rank, before it has any.
+
+Lives here: counting the bytes of the real modules, converted on the meta device, and an estimate of
+activations. Called by `planning`. Must never: read weights, or repeat a formula that the modules
+themselves answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from osft_trainer.decomposition import part_shapes
+from osft_trainer.forward import PACKED_FAMILIES
+from osft_trainer.linear import SubspaceLinear, SubspaceWeight
+from osft_trainer.model import OSFTModel, convert
+from osft_trainer.subspace import Split
+from osft_trainer.targets import Plan, Target, decoder_blocks
+
+ADAM_BYTES = 8
+"""Two float32 moments of each trained number."""
+GRADIENT_BYTES = 4
+
+_LOGIT_TOKENS = 1024
+"""Tokens whose logits exist at one time, in the families with a chunked head."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. Exact but for the last two."""
+
+    effective: int
+    """W + dW of the targets, in the compute dtype."""
+    base: int
+    """W of the targets, in the compute dtype."""
+    bases: int
+    """Kept and free bases, float32."""
+    factors: int
+    """What is trained, float32."""
+    gradients: int
+    """Of what is trained, float32."""
+    adam: int
+    """Both moments, float32."""
+    frozen: int
+    """Everything that is no target and is not trained."""
+    startup: int
+    """Host memory of one rank while it loads: the whole model and the effective weights, not yet
+    shared out. The bases are mapped from their files, for all ranks of a node together."""
+    gathered: int
+    """Estimate: parameters of two blocks and of the rest as FSDP gathers them, and the product that
+    the largest target's update needs."""
+    activations: int
+    """Estimate: what one forward and backward pass of maxTokensPerGpu holds."""
+
+    @property
+    def static(self) -> int:
+        """What lies there all the time."""
+        weights = self.effective + self.base + self.bases + self.frozen
+        return weights + self.factors + self.gradients + self.adam
+
+    @property
+    def total(self) -> int:
+        """With the estimates."""
+        return self.static + self.gathered + self.activations
+
+    def to_json(self) -> dict[str, int]:
+        """Plain values."""
+        return {**asdict(self), "static": self.static, "total": self.total}
+
+
+def empty_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder's configuration on the meta device: shapes without numbers."""
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+def converted(hf: PreTrainedModel, plan: Plan) -> OSFTModel:
+    """Carry the plan out on an empty model: the modules of the run, without a decomposition."""
+
+    def shapes(target: Target, weight: Tensor) -> Split:
+        parts = part_shapes(target, plan)
+        return Split(**{name: torch.empty(size, device="meta") for name, size in parts.items()})
+
+    return convert(hf, plan, decompose=shapes)
+
+
+def memory_of(
+    model: OSFTModel,
+    *,
+    processes: int,
+    tokens: int,
+    activation_checkpointing: bool,
+    accumulates: bool,
+) -> Memory:
+    """Count one rank's share.
+
+    Args:
+        model: converted, on the meta device.
+        processes: ranks that share the model by FSDP2 (rows of each parameter).
+        tokens: of one forward pass, maxTokensPerGpu.
+        activation_checkpointing: blocks are computed again in backward.
+        accumulates: a step has several passes, between which whole gradients are kept.
+    """
+    bytes_of: dict[str, int] = dict.fromkeys(("effective", "base", "bases", "frozen"), 0)
+    trained = trained_whole = startup = 0
+    for kind, tensor in _tensors(model.hf):
+        size = _share(tensor, 1 if kind == "buffer" else processes)
+        if kind not in ("trained", "bases"):
+            startup += tensor.numel() * tensor.element_size()
+        if kind == "trained":
+            trained += size // tensor.element_size()
+            trained_whole += tensor.numel()
+        else:
+            bytes_of["frozen" if kind == "buffer" else kind] += size
+    whole_gradients = accumulates and processes > 1
+    return Memory(
+        **bytes_of,
+        factors=trained * 4,
+        gradients=(trained_whole if whole_gradients else trained) * GRADIENT_BYTES,
+        adam=trained * ADAM_BYTES,
+        startup=startup,
+        gathered=_gathered(model, processes),
+        activations=_activations(model.hf, tokens, activation_checkpointing),
+    )
+
+
+def _tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its kind, tied ones once."""
+    seen: set[int] = set()
+    for module in hf.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.requires_grad:
+                yield "trained", parameter
+            elif isinstance(module, SubspaceWeight):
+                yield "effective" if name == "effective" else "bases", parameter
+            else:
+                yield "frozen", parameter
+        for name, buffer in module.named_buffers(recurse=False):
+            if not isinstance(module, SubspaceWeight):
+                yield "buffer", buffer
+            else:
+                yield "base" if name == "base" else "bases", buffer
+
+
+def _share(tensor: Tensor, processes: int) -> int:
+    """Bytes of the rank with most rows."""
+    if tensor.dim() == 0:
+        return tensor.element_size()
+    rows = -(-tensor.shape[0] // processes)
+    return rows * tensor.shape[1:].numel() * tensor.element_size()
+
+
+def _gathered(model: OSFTModel, processes: int) -> int:
+    width = _compute_bytes(model.hf)
+    largest = max((s.effective.numel() for _, s in model.subspaces()), default=0)
+    update = 2 * 4 * largest // processes
+    if processes == 1:
+        return update
+    _, blocks = decoder_blocks(model.hf)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    return update + (2 * max(sizes) + rest) * width
+
+
+def _activations(hf: PreTrainedModel, tokens: int, activation_checkpointing: bool) -> int:
+    """What one pass holds, from the shapes of the modules.
+
+    Each matrix's output twice (itself, and what the next operation makes of it), four times the
+    hidden state for norms and residuals; logits and their gradient in float32.
+    """
+    config = hf.config
+    width = _compute_bytes(hf)
+    hidden = int(config.hidden_size)
+    _, blocks = decoder_blocks(hf)
+    each = [tokens * width * (2 * _outputs(block, config) + 4 * hidden) for block in blocks]
+    chunked = config.model_type in PACKED_FAMILIES
+    logits = (min(tokens, _LOGIT_TOKENS) if chunked else tokens) * int(config.vocab_size)
+    head = logits * (4 + 4 + width)
+    if activation_checkpointing:
+        return len(each) * tokens * hidden * width + max(each) + head
+    return sum(each) + head
+
+
+def _outputs(block: nn.Module, config: object) -> int:
+    """Numbers that the block's matrices give for one token."""
+    found = 0
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear | SubspaceLinear):
+            found += module.out_features
+        elif isinstance(module, Conv1D):
+            found += module.nf
+        elif isinstance(module, SubspaceWeight) and module.batched:
+            chosen = int(getattr(config, "num_experts_per_tok", None) or 1)
+            found += chosen * max(module.effective.shape[1:])
+        elif "expert" in name:
+            wide = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3]
+            found += sum(max(shape[1:]) for shape in wide)
+    return found
+
+
+def _compute_bytes(hf: PreTrainedModel) -> int:
+    return next((p.element_size() for p in hf.parameters() if not p.requires_grad), 4)

@@ -350,6 +350,13 @@ RULES = [
         words="remove it",
     ),
     Sample(
+        "claim-shared",
+        {"spec.nnodes": 2, f"{C}.accessModes": ["ReadWriteOnce", "ReadWriteMany"]},
+        {"spec.nnodes": 2, f"{C}.accessModes": ["ReadWriteOnce"]},
+        "storage.checkpoints.accessModes",
+        words="add ReadWriteMany, or remove accessModes",
+    ),
+    Sample(
         "shared-memory",
         {"spec.sharedMemory": {"sizeLimit": "1Gi"}},
         {"spec.sharedMemory": {"sizeLimit": "1Gi", "enabled": False}},
@@ -399,6 +406,19 @@ SCHEMA = [
     Sample("nodes", {"spec.nnodes": 1000}, {"spec.nnodes": 1001}, "nnodes"),
     Sample("processes", {"spec.nprocPerNode": 8}, {"spec.nprocPerNode": "auto"}, "nprocPerNode"),
     Sample("restarts", {"spec.maxRestarts": 99}, {"spec.maxRestarts": 100}, "maxRestarts"),
+    Sample(
+        "stall",
+        {"spec.stall": {"timeoutSeconds": 60}},
+        {"spec.stall": {"timeoutSeconds": 59}},
+        "spec.stall.timeoutSeconds",
+    ),
+    Sample(
+        "stall-action",
+        {"spec.stall": {"timeoutSeconds": 600, "action": "Restart"}},
+        {"spec.stall": {"timeoutSeconds": 600, "action": "Delete"}},
+        "spec.stall.action",
+    ),
+    Sample("stall-time", {}, {"spec.stall": {"action": "Report"}}, "timeoutSeconds"),
     Sample("quantity", {f"{C}.size": "1.5Ti"}, {f"{C}.size": "10 GB"}, "size"),
     Sample(
         "limits",

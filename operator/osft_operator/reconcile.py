@@ -27,7 +27,7 @@ from osft_operator.actions import (
 )
 from osft_operator.budget import Budget
 from osft_operator.cache import Cache
-from osft_operator.cluster import AlreadyExists, Cluster, NotFound, Refused
+from osft_operator.cluster import AlreadyExists, Cluster, KindMissing, NotFound, Refused
 from osft_operator.decide import decide, refused
 from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
@@ -114,7 +114,17 @@ class Reconciler:
             return LOOK_AGAIN_SECONDS
         except Refused as error:
             decision = _refusal(decision, job, str(error), now)
-        wait = await self._write(key, job, decision)
+        if any(isinstance(action, DeleteOSFTJob) for action in decision.actions):
+            self._forget(key)
+            return None
+        try:
+            wait = await self._write(key, job, decision)
+        except KindMissing:
+            raise
+        except NotFound:
+            # deleted meanwhile; the watches tell so
+            self._forget(key)
+            return None
         self._poller.watch(key, decision.poll)
         # What our own writes put in the cache is no news to the watches any more.
         again = 0.0 if any(isinstance(action, KEPT) for action in decision.actions) else None

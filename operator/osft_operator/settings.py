@@ -98,7 +98,7 @@ class Settings(BaseModel):
     """Liveness fails when the event loop stood still for so long."""
     queue_stall_seconds: Seconds = 90
     """Liveness fails when OSFTJobs are due and none was taken up for so long."""
-    watch_stall_seconds: Seconds = 90
+    watch_stall_seconds: Seconds = 75
     """Liveness fails when the watches have been behind the API server for so long."""
 
     log_format: Literal["json", "text"] = "json"

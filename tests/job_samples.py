@@ -426,6 +426,12 @@ SCHEMA = [
         {"spec.resources": {"limits": {"cpu": True}}},
         "spec.resources.limits",
     ),
+    Sample(
+        "limits-quantity",
+        {"spec.resources": {"limits": {"cpu": "1.5", "memory": "16Gi"}}},
+        {"spec.resources": {"limits": {"cpu": "many"}}},
+        "spec.resources.limits",
+    ),
     Sample("relative", {f"{C}.mountPath": "/a"}, {f"{C}.mountPath": "a"}, "mountPath"),
     Sample(
         "grace",

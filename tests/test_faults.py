@@ -118,7 +118,7 @@ def cut_off(scene: Scene) -> None:
 
 def expired_versions(scene: Scene) -> None:
     def answer(request: Request) -> bytes | None:
-        return too_old() if request.is_watch else None
+        return too_old() if "watch=true" in request.path else None
 
     scene.proxy.faults.answer = answer
     scene.proxy.drop()

@@ -61,6 +61,7 @@ def _try(plane: ControlPlane, namespace: str, body: Object, touched: list[Path])
     seen, refusal = _ask(plane, namespace, body)
     if refusal is not None:
         assert refusal.code in (400, 422), refusal.message
+        told = told or [str(each) for each in denials(OSFTJob.model_validate(body))]
         assert told, f"only the server refuses: {refusal.message}\n{json.dumps(body)}"
         for line in [refusal.message, *told]:
             _names_a_field(line, touched)

@@ -11,11 +11,13 @@ import pytest
 import job_samples
 from cluster.control_plane import ControlPlane
 from osft_operator.actions import Event
+from osft_operator.budget import Budget
 from osft_operator.cluster import Cluster, Conflict
 from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS
 from osft_operator.merge_patch import merge_patch
 from osft_operator.queue import Key
+from osft_operator.reconcile import says_little
 from osft_trainer.report import Progress
 from reconcile_scene import Scene
 
@@ -178,3 +180,31 @@ def test_a_merge_patch_makes_the_new_of_the_old(
     old: dict[str, Any], new: dict[str, Any], patch: dict[str, Any]
 ) -> None:
     assert merge_patch(old, new) == patch
+
+
+def test_words_and_progress_can_wait_but_nothing_else() -> None:
+    before = {
+        "phase": "Running",
+        "progress": {"step": 1},
+        "conditions": [{"type": "Running", "status": "False", "reason": "A", "message": "x"}],
+    }
+
+    def after(**changes: Any) -> dict[str, Any]:
+        return {**before, **changes}
+
+    condition = before["conditions"][0]
+    assert says_little(before, after(progress={"step": 2}, countedPods={"newest": "t"}))
+    assert says_little(before, after(conditions=[{**condition, "message": "y"}]))
+    assert not says_little(before, after(conditions=[{**condition, "reason": "B"}]))
+    assert not says_little(before, after(checkpoint={"latest": "c"}))
+    assert not says_little(before, after(restarts=1))
+
+
+def test_a_budget_is_shared_and_refills() -> None:
+    now = [0.0]
+    budget = Budget(2, lambda: now[0])
+    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]
+    now[0] += 0.5
+    assert budget.take() == 0
+    now[0] += 100
+    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]

@@ -172,7 +172,7 @@ class Reconciler:
         """
         recorded, status = job.get("status") or {}, decision.status
         change = merge_patch(recorded, status)
-        if change and not decision.events and _says_little(recorded, status):
+        if change and not decision.events and says_little(recorded, status):
             wait = self._until_write(key) if key not in self._milestones else 0.0
             wait = wait or self._budget.take()
             if wait > 0:
@@ -201,7 +201,7 @@ class Reconciler:
         self._milestones.discard(key)
 
 
-def _says_little(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def says_little(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two statuses differ in nothing that somebody waits for."""
     return _loud(old) == _loud(new)
 

@@ -18,7 +18,9 @@ from osft_operator import names
 from osft_operator.observed import Object
 
 TIMEOUT_SECONDS = 10.0
-"""Longest wait for an answer; a log that is followed may be silent for ever."""
+"""Longest wait for an answer."""
+SILENCE_SECONDS = 600.0
+"""A log that is followed and silent for so long is asked for anew: its connection may be dead."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 """Where a pod finds its own namespace."""
 
@@ -109,7 +111,7 @@ class Remote:
             RemoteError: the container has no log (yet), or the stream broke.
         """
         follow = options.get("follow", False)
-        timeout = (TIMEOUT_SECONDS, None if follow else TIMEOUT_SECONDS)
+        timeout = (TIMEOUT_SECONDS, SILENCE_SECONDS if follow else TIMEOUT_SECONDS)
         try:
             answer = self._core.read_namespaced_pod_log(
                 pod,

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 
 import job_samples
-from cluster.api import wait_for
+from cluster.api import ApiError, wait_for
 from cluster.control_plane import ControlPlane
 from cluster.fault_proxy import FaultProxy, Request, refusal, too_old
 from operator_thread import OperatorThread
@@ -174,6 +175,47 @@ def test_after_a_fault_all_is_as_it_should_be(
     assert scene.status(old)["restarts"] == 1
     assert [each for each in caplog.records if "A bug" in each.getMessage()] == []
     assert scene.operator.problems() == []
+
+
+def restarted(scene: Scene) -> None:
+    scene.plane.restart_servers()
+
+
+def without_etcd(scene: Scene) -> None:
+    scene.plane.pause_etcd(True)
+    time.sleep(HOLD_SECONDS)
+    scene.plane.pause_etcd(False)
+
+
+@pytest.mark.skipif(not SOAK, reason="the other tests of the control plane would wait for it")
+@pytest.mark.parametrize("outage", [restarted, without_etcd])
+def test_after_an_outage_of_the_server_itself(
+    outage: Callable[[Scene], None], scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = (f"{kind}-{outage.__name__.replace('_', '-')}" for kind in ("old", "new"))
+    scene.apply(old)
+    wait_for("the first attempt", lambda: scene.status(old).get("pyTorchJobUID"))
+    uid = scene.status(old)["pyTorchJobUID"]
+    outage(scene)
+    began = time.monotonic()
+    wait_for("a server that takes jobs", lambda: _applied(scene, new), timeout_seconds=60)
+    wait_for(
+        f"recovery; ends: {scene.operator.ends}",
+        lambda: scene.status(new).get("pyTorchJobUID"),
+        timeout_seconds=RECOVERY_SECONDS,
+    )
+    print(f"{outage.__name__}: recovered after {time.monotonic() - began:.1f} s")
+    assert scene.status(old)["pyTorchJobUID"] == uid
+    assert scene.status(old).get("restarts") == 0
+    assert [each for each in caplog.records if "A bug" in each.getMessage()] == []
+
+
+def _applied(scene: Scene, name: str) -> bool:
+    try:
+        scene.apply(name)
+    except (ApiError, urllib3.exceptions.HTTPError) as error:
+        return isinstance(error, ApiError) and error.code == 409
+    return True
 
 
 def test_liveness_fails_when_the_watches_stay_silent(scene: Scene) -> None:

@@ -7,6 +7,7 @@ Unreachable.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -123,6 +124,8 @@ class Remote:
             )
             yield from answer.stream(2**14, decode_content=True)
         except (client.ApiException, urllib3.exceptions.HTTPError) as error:
+            if getattr(error, "status", 0) == 400:
+                raise Unreachable(f"pod {pod} has no log yet: {_body(error)}") from None
             raise _words(error) from None
 
 
@@ -130,7 +133,14 @@ def _words(error: Exception) -> RemoteError:
     status = int(getattr(error, "status", 0) or 0)
     if not isinstance(error, client.ApiException) or status in (0, 429) or status >= 500:
         return Unreachable(f"the cluster does not answer: {getattr(error, 'reason', error)}")
-    body = str(getattr(error, "body", "") or "")
-    if isinstance(getattr(error, "body", None), bytes):
-        body = error.body.decode(errors="replace")
-    return RemoteError(f"the cluster refuses ({status}): {body or error.reason}")
+    return RemoteError(f"the cluster refuses ({status}): {_body(error) or error.reason}")
+
+
+def _body(error: Exception) -> str:
+    """The server's own words."""
+    body = getattr(error, "body", None) or ""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return text

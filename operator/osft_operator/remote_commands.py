@@ -7,6 +7,7 @@ command. Must never change anything in the cluster.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.live import Live
 
+from osft_operator import names
 from osft_operator.endings import is_finished
 from osft_operator.observed import Object, find_condition
 from osft_operator.remote import Remote, Unreachable
@@ -21,6 +23,8 @@ from osft_operator.remote_view import NoPod, line, rank_zero_pod, view
 
 PAUSE_SECONDS = 2.0
 """Time between two looks."""
+END_SECONDS = 10.0
+"""A log that has ended is asked for again if the container is still said to run after so long."""
 SUCCEEDED, FAILED = 0, 1
 
 
@@ -74,6 +78,17 @@ def logs(arguments: argparse.Namespace) -> int:
     return SUCCEEDED
 
 
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """One start of the trainer's container in rank 0's pod."""
+
+    pod: str
+    uid: str
+    """Of the pod."""
+    restarts: int
+    running: bool = dataclasses.field(compare=False)
+
+
 class LogReader:
     """Copies the log of rank 0's trainer, whichever pod that is."""
 
@@ -81,8 +96,9 @@ class LogReader:
         self._remote = remote
         self._name = name
         self._out = out
-        self._container: tuple[str, int] | None = None
+        self._read: Container | None = None
         self._read_at = 0.0
+        self._at_end = False
         self._said = ""
 
     def read(self, **options: Any) -> None:
@@ -92,45 +108,47 @@ class LogReader:
             NoPod: there is no pod.
             RemoteError: there is no log.
         """
-        pod, _ = self._find(self._remote.job(self._name))
-        self._copy(pod, options)
+        self._copy(self._find(self._remote.job(self._name)).pod, options)
 
     def follow(self, tail: int | None) -> None:
         """All that comes, until the job has ended; a break of the connection is sat out."""
-        options: dict[str, Any] = {"tail_lines": tail}
-        while True:
-            finished = False
+        finished = False
+        while not finished:
             try:
                 job = self._remote.job(self._name)
                 finished = is_finished(job.get("status") or {})
-                pod, container = self._find(job)
-                again = container == self._container
-                if not (again and finished):
-                    if self._container is not None:
-                        options = self._since() if again else {}
-                    self._container = container
-                    self._copy(pod, {**options, "follow": True})
+                self._go_on(self._find(job), tail)
             except (NoPod, Unreachable) as error:
                 self._note(f"{error}; waiting")
-            if finished:
+            if not finished:
+                time.sleep(PAUSE_SECONDS)
+
+    def _go_on(self, container: Container, tail: int | None) -> None:
+        """Read a container to its end, unless that is done."""
+        options: dict[str, Any] = {"tail_lines": tail} if self._read is None else {}
+        if container == self._read:
+            silent = time.monotonic() - self._read_at
+            if self._at_end and not (container.running and silent > END_SECONDS):
                 return
-            time.sleep(PAUSE_SECONDS)
+            options = {"since_seconds": max(1, round(silent))}
+        self._read, self._at_end = container, False
+        self._copy(container.pod, {**options, "follow": True})
+        self._at_end = True
 
-    def _since(self) -> dict[str, Any]:
-        """The same container: either the connection broke, or it has ended and says no more."""
-        return {"since_seconds": max(1, round(time.monotonic() - self._read_at))}
-
-    def _find(self, job: Object) -> tuple[str, tuple[str, int]]:
+    def _find(self, job: Object) -> Container:
         """Rank 0's pod, and which of its containers runs or ran last."""
         attempt = (job.get("status") or {}).get("attempt") or 1
         pods = self._remote.pods(self._name, attempt)
         name = rank_zero_pod(job, pods)
         pod = next(each for each in pods if each["metadata"]["name"] == name)
-        counts = [
-            int(status.get("restartCount") or 0)
+        statuses = [
+            status
             for status in (pod.get("status") or {}).get("containerStatuses") or []
+            if status.get("name") == names.CONTAINER
         ]
-        return name, (str(pod["metadata"].get("uid")), max(counts, default=0))
+        restarts = max((int(status.get("restartCount") or 0) for status in statuses), default=0)
+        running = any("running" in (status.get("state") or {}) for status in statuses)
+        return Container(name, str(pod["metadata"].get("uid")), restarts, running)
 
     def _copy(self, pod: str, options: dict[str, Any]) -> None:
         for part in self._remote.log(pod, **options):

@@ -371,6 +371,7 @@ SCHEMA = [
     Sample("snake", {}, {f"{T}.use_liger": True}, "use_liger"),
     Sample("unknown-spec", {}, {"spec.nodes": 1}, "nodes"),
     Sample("required", {}, {f"{T}.modelPath": GONE}, "modelPath"),
+    Sample("blank", {f"{T}.modelPath": "/a b"}, {f"{T}.modelPath": " "}, "modelPath"),
     Sample("no-checkpoints", {}, {S: {}}, "checkpoints"),
     Sample(
         "ratio",

@@ -6,18 +6,14 @@ A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
+from bench.retention_report import retention_tables, write_picture
 from bench.tables import training_tables
 from osft_trainer.arguments import describe
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-
-from retention_report import retention_tables, write_picture  # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -9,18 +9,20 @@ into a job.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import datetime
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from osft_operator import metrics, probes
+from osft_operator import logs, metrics, probes
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
 from osft_operator.events import Recorder
 from osft_operator.informer import Informer
+from osft_operator.job_metrics import Survey
 from osft_operator.kinds import OSFTJOBS
 from osft_operator.leader import Leader, LeaseLost
 from osft_operator.polling import Poller
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 10.0
 """Passes under way get so long to end before the process does."""
 COUNT_SECONDS = 15.0
-"""How often the gauge of jobs by phase is set."""
+"""How often the gauges of all jobs are set."""
 
 
 class Service:
@@ -54,6 +56,7 @@ class Service:
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: set[asyncio.Task[None]] = set()
+        self._started: dict[Key, float] = {}
         self._reconciler: Reconciler
         self.ports: dict[str, int] = {}
         """Where probes and metrics are served, once they are."""
@@ -98,6 +101,7 @@ class Service:
             port, close = metrics.serve(address, self._settings.metrics_port)
             closing.append(close)
             self.ports["metrics"] = port
+            self._measure_passes()
             logger.info("Serving", extra={"ports": dict(self.ports)})
             self._start(self._health.keep_beating(self._queue.oldest_seconds))
             yield
@@ -110,6 +114,7 @@ class Service:
     async def _lease(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """Hold the Lease; without an election, hold nothing."""
         if not self._settings.leader_election:
+            metrics.leader.labels(self._settings.lease_name).set(1)
             yield
             return
         await self._until(stop, self._leader.acquire(self._stand_by))
@@ -175,31 +180,45 @@ class Service:
             await asyncio.shield(task)
 
     async def _pass(self, key: Key) -> None:
-        started = time.monotonic()
-        result = "success"
-        try:
-            requeue = await self._reconciler.reconcile(key)
-        except LeaseLost:
-            raise
-        except Exception as error:
-            result = "error"
-            self._failed(key, error)
-        else:
-            self._queue.forget(key)
-            if requeue is not None:
-                result = "requeue_after"
-                self._queue.add_after(key, requeue)
-        finally:
-            self._queue.done(key)
-        metrics.reconciles.labels(metrics.CONTROLLER, result).inc()
-        metrics.reconcile_seconds.labels(metrics.CONTROLLER).observe(time.monotonic() - started)
+        with logs.about(osftjob=str(key), reconcile_id=uuid.uuid4().hex[:12]):
+            self._started[key] = time.monotonic()
+            result = "success"
+            try:
+                requeue = await self._reconciler.reconcile(key)
+            except LeaseLost:
+                raise
+            except Exception as error:
+                result = "error"
+                self._failed(key, error)
+            else:
+                self._queue.forget(key)
+                if requeue is not None:
+                    result = "requeue_after"
+                    self._queue.add_after(key, requeue)
+            finally:
+                seconds = time.monotonic() - self._started.pop(key)
+                self._queue.done(key)
+            metrics.reconciles.labels(metrics.CONTROLLER, result).inc()
+            metrics.reconcile_seconds.labels(metrics.CONTROLLER).observe(seconds)
+            metrics.work_seconds.labels(metrics.CONTROLLER).observe(seconds)
+
+    def _under_way(self) -> list[float]:
+        """For how long each pass under way has run; also called by scrapes, on their thread."""
+        now = time.monotonic()
+        return [now - started for started in list(self._started.values())]
+
+    def _measure_passes(self) -> None:
+        longest = metrics.longest_work.labels(metrics.CONTROLLER)
+        longest.set_function(lambda: max(self._under_way(), default=0.0))
+        together = metrics.unfinished_work.labels(metrics.CONTROLLER)
+        together.set_function(lambda: sum(self._under_way()))
 
     def _failed(self, key: Key, error: Exception) -> None:
         """Try again later. A bug that one job brings out must not stop the others."""
         metrics.reconcile_errors.labels(metrics.CONTROLLER).inc()
         at_least = error.retry_after or 0.0 if isinstance(error, Unavailable) else 0.0
         wait = self._queue.retry(key, at_least=at_least)
-        about = {"osftjob": str(key), "wait_seconds": round(wait, 1)}
+        about = {"wait_seconds": round(wait, 1)}
         if isinstance(error, Conflict):
             logger.debug("Changed meanwhile, again soon: %s", error, extra=about)
         elif isinstance(error, ClusterError):
@@ -208,10 +227,11 @@ class Service:
             logger.error("A bug; trying again later", exc_info=error, extra=about)
 
     async def _count(self) -> None:
-        while True:
-            phases = collections.Counter(
-                (job.get("status") or {}).get("phase") or "Pending"
-                for job in self._cache.all(OSFTJOBS)
-            )
-            metrics.count_phases(phases)
-            await asyncio.sleep(COUNT_SECONDS)
+        survey = Survey(per_job=self._settings.metrics_per_job)
+        metrics.registry.register(survey)
+        try:
+            while True:
+                survey.take(self._cache.all(OSFTJOBS), datetime.datetime.now(datetime.UTC))
+                await asyncio.sleep(COUNT_SECONDS)
+        finally:
+            metrics.registry.unregister(survey)

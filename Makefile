@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check generate verify bench bench-retention clean
+.PHONY: demo test check generate verify bench bench-retention bench-operator clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ bench-retention: $(VENV)/.dev ## what methods keep of the old while they learn t
 
 bench: $(VENV)/.dev      ## step time beside plain fine-tuning and PEFT's OSF
 	$(BIN)/python tests/bench/train_step.py
+
+JOBS ?= 1000
+bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a plain kopf operator
+	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) --output operator-load-$(JOBS).json
 
 clean:
 	rm -rf $(VENV) .demo

@@ -20,7 +20,7 @@ from typing import Any
 from osft_operator import logs, metrics, probes
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
-from osft_operator.events import Recorder
+from osft_operator.events import Backlog
 from osft_operator.informer import Informer
 from osft_operator.job_metrics import Survey
 from osft_operator.kinds import OSFTJOBS
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 10.0
 """Passes under way get so long to end before the process does."""
+SAY_SECONDS = 3.0
+"""Events that wait get so long to be written before the process ends."""
 COUNT_SECONDS = 15.0
 """How often the gauges of all jobs are set."""
 
@@ -58,6 +60,7 @@ class Service:
         self._passes: set[asyncio.Task[None]] = set()
         self._started: dict[Key, float] = {}
         self._reconciler: Reconciler
+        self._events: Backlog
         self.ports: dict[str, int] = {}
         """Where probes and metrics are served, once they are."""
 
@@ -68,20 +71,21 @@ class Service:
             LeaseLost: when another replica may be the leader.
             WatchEnded: when a watch died.
         """
+        self._events = Backlog(self._cluster, self._settings.instance_name)
         async with self._servers(), self._lease(stop), self._poller() as poller:
             self._reconciler = Reconciler(
                 self._settings,
                 self._cluster,
                 self._cache,
                 poller,
-                Recorder(self._cluster, self._settings.instance_name),
+                self._events,
                 serves=self._informer.serves,
             )
             await self._until(stop, self._informer.sync())
             if stop.is_set():
                 return
             self._health.ready = True
-            parts = [self._informer.run(), poller.run(), self._count()]
+            parts = [self._informer.run(), poller.run(), self._count(), self._events.run()]
             parts += [self._work() for _ in range(self._settings.workers)]
             for part in parts:
                 self._start(part)
@@ -156,11 +160,14 @@ class Service:
             await self._cancel({waiting, stopping})
 
     async def _finish(self) -> None:
-        """Take no more keys, and let the passes under way end."""
+        """Take no more keys, let the passes under way end, and say what is still to be said."""
         await self._cancel(self._tasks)
         if self._passes:
             await asyncio.wait(self._passes, timeout=FINISH_SECONDS)
         await self._cancel(self._passes)
+        with contextlib.suppress(LeaseLost, TimeoutError):
+            async with asyncio.timeout(SAY_SECONDS):
+                await self._events.drain()
 
     async def _cancel(self, tasks: set[asyncio.Task[Any]]) -> None:
         ending = set(tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import promql
-from chart_rendering import MATRIX, only, render
+from chart_rendering import CHART, MATRIX, only, render
 from osft_operator import metrics
 
 SERIES = promql.exported() | {"up": frozenset()}
@@ -75,6 +76,8 @@ def test_everything_that_is_promised_has_an_alert() -> None:
         "OSFTJobLossNotFinite",
         "OSFTJobWaitsForGPUs",
     }
+    documented = re.findall(r"^\| (OSFT\w+) \|", (CHART / "README.md").read_text(), re.MULTILINE)
+    assert documented == list(found)
     for rule in found.values():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert {"summary", "description"} == rule["annotations"].keys()

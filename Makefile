@@ -43,8 +43,10 @@ bench: $(VENV)/.dev      ## step time beside plain fine-tuning and PEFT's OSF
 	$(BIN)/python tests/bench/train_step.py
 
 JOBS ?= 1000
+RUNNING ?= 500
 bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a plain kopf operator
-	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) --output operator-load-$(JOBS).json
+	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) \
+		--running $(RUNNING) --output operator-load-$(JOBS).json
 
 clean:
 	rm -rf $(VENV) .demo

@@ -78,7 +78,9 @@ class Operator:
 def ours(plane: ControlPlane, folder: Path, mark: str) -> Iterator[Operator]:
     """The operator of the installed chart."""
     plane.create_namespace(HOME)
-    with chart_release.installed(plane, HOME, folder / "chart"):
+    # a running job is asked every 30 s
+    values = {"progress": {"pollSeconds": 30}}
+    with chart_release.installed(plane, HOME, folder / "chart", values):
         settings = OperatorProcess(plane, HOME, folder, mark).environment
         command = [sys.executable, "-m", "osft_operator"]
         user = f"system:serviceaccount:{HOME}:{chart_release.ACCOUNT}"

@@ -41,7 +41,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             plane.start([pytorchjob_crd(), *own_crds()])
             with load_operators.OPERATORS[name](plane, Path(folder), mark) as operator:
                 story = load_story.Story(plane, operator, arguments.jobs)
-                return story.play(rate=arguments.rate, idle_seconds=arguments.idle)
+                # the peer asks no pod for its progress
+                running = arguments.running if name == "osft" else 0
+                return story.play(rate=arguments.rate, idle_seconds=arguments.idle, running=running)
         finally:
             plane.stop()
 
@@ -52,6 +54,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000, help="OSFTJobs (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=20, help="creates a second")
     parser.add_argument("--idle", type=float, default=20, help="seconds of idleness to measure")
+    parser.add_argument(
+        "--running", type=int, default=0, help="jobs that run and are polled in a further part"
+    )
     parser.add_argument(
         "--only", choices=sorted(load_operators.OPERATORS), help="one operator alone"
     )

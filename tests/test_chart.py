@@ -44,8 +44,8 @@ def _versions() -> list[str]:
     newest = kubernetes_validate.latest_version()
     if not os.environ.get("SOAK"):
         return [OLDEST, newest]
-    minors = range(int(OLDEST.partition(".")[2]), int(newest.partition(".")[2]) + 1)
-    return [f"1.{minor}" for minor in minors]
+    first, last = (int(version.split(".")[1]) for version in (OLDEST, newest))
+    return [f"1.{minor}" for minor in range(first, last + 1)]
 
 
 VERSIONS = _versions()

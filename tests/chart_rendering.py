@@ -100,6 +100,37 @@ MATRIX: dict[str, dict[str, Any]] = {
         "priorityClassName": "system-cluster-critical",
     },
 }
+
+
+def toggles() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Every switch in values.yaml: its path, values without it, and the same with it turned."""
+    needed = {
+        "metrics.prometheusRule.enabled": {"metrics": {"serviceMonitor": {"enabled": True}}},
+        "networkPolicy.trainers": {
+            "networkPolicy": {"enabled": True},
+            "watch": {"namespaces": ["team-a"]},
+        },
+        "podDisruptionBudget.enabled": {"replicas": 2},
+    }
+    for path, default in _switches(yaml.safe_load((CHART / "values.yaml").read_text()), ""):
+        base = needed.get(path, {})
+        turned = copy.deepcopy(base)
+        *parents, last = path.split(".")
+        place = turned
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last] = not default
+        yield path, base, turned
+
+
+def _switches(values: dict[str, Any], where: str) -> Iterator[tuple[str, bool]]:
+    for name, value in values.items():
+        if isinstance(value, bool):
+            yield f"{where}{name}", value
+        elif isinstance(value, dict):
+            yield from _switches(value, f"{where}{name}.")
+
+
 every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 

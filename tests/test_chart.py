@@ -32,6 +32,7 @@ from chart_rendering import (
     pod_of,
     render,
     rules,
+    toggles,
     validate,
 )
 from osft_operator.pod import labels
@@ -67,6 +68,19 @@ def test_rendered_objects_are_valid(values: dict[str, Any], version: str) -> Non
     assert objects
     for item in objects:
         validate(version, item)
+
+
+TOGGLES = list(toggles())
+
+
+@pytest.mark.parametrize(("path", "base", "turned"), TOGGLES, ids=[path for path, *_ in TOGGLES])
+def test_every_switch_does_something_valid(
+    path: str, base: dict[str, Any], turned: dict[str, Any]
+) -> None:
+    assert render(base) != render(turned), f"{path} is accepted and ignored"
+    for version in VERSIONS:
+        for item in render(turned):
+            validate(version, item)
 
 
 @every_case

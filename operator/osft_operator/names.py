@@ -52,6 +52,8 @@ CONTAINER = "pytorch"
 """The trainer's container; the training-operator looks for this name."""
 RENDEZVOUS_PORT_NAME = "pytorchjob-port"
 METRICS_PORT_NAME = "metrics"
+RESERVED_PORTS = (RENDEZVOUS_PORT_NAME, METRICS_PORT_NAME)
+"""Ports of the trainer's container, by name: where the ranks meet, and where progress is served."""
 
 CHECKPOINT_VOLUME = "checkpoints"
 CACHE_VOLUME = "cache"

@@ -203,6 +203,10 @@ def _trainer(container: Object, where: str, kind: str, spec: JobSpec) -> Iterato
         if key in TRAINER_FIELDS:
             text = f"is refused here: use {TRAINER_FIELDS[key]}"
             yield Denial(Rule.HAS_OWN_FIELD, f"{where}.{key}", text)
+    for here, port in _entries(container, "ports", where):
+        if port.get("name") in names.RESERVED_PORTS:
+            text = f"{port['name']} is the name of a port of the trainer: rename it"
+            yield Denial(Rule.RESERVED_NAME, here, text)
     for here, mount in _entries(container, "volumeMounts", where):
         path = posixpath.normpath(f"/{mount.get('mountPath')}".replace("//", "/"))
         for own, cure in _own_paths(spec).items():

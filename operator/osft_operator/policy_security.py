@@ -43,7 +43,7 @@ class Rule(enum.StrEnum):
     RESERVED_MOUNT = "ReservedMount"
     """A mount that would redirect one of the trainer's own."""
     RESERVED_NAME = "ReservedName"
-    """The name of the trainer's container, for another one."""
+    """The name of the trainer's container, or of one of its ports, for something else."""
     RESERVED_VARIABLE = "ReservedVariable"
     """Environment variables of torchrun and the operators."""
     RESERVED_VOLUME = "ReservedVolume"

@@ -47,6 +47,8 @@ def test_nobody_waits_for_an_event_and_a_lost_one_stops_none() -> None:
         cluster = Slow()
         backlog = Backlog(cluster, "test")
         running = asyncio.create_task(backlog.run())
+        strange = {"metadata": {"namespace": "ns"}}
+        await backlog.record(strange, event("Bug"))
         for reason in ("First", "Lost", "Second", "Third"):
             await asyncio.wait_for(backlog.record(JOB, event(reason)), 1)
         await asyncio.sleep(0)

@@ -150,6 +150,9 @@ class Backlog(Recorder):
             # Said once more by drain, and counted twice if the server had taken it.
             self._waiting.appendleft((job, event))
             raise
+        except Exception:
+            # An event that cannot even be made must not end the operator, nor hold up the others.
+            logger.exception("The event %s was lost", event.reason)
 
 
 async def newest_about(cluster: Cluster, namespace: str, uid: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,14 @@ class Running:
         assert self._operator is not None
         assert self._operator.stop() == 0
 
+    def metrics(self) -> dict[str, float]:
+        """What the operator tells Prometheus, by series."""
+        assert self._operator is not None
+        port = self._operator.environment["OSFT_METRICS_PORT"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line[0] != "#"]
+        return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines)}
+
     def start(self) -> None:
         self._plane.api.post(self._jobs, job_samples.job(name="run"))
         wait_for("the PyTorchJob", lambda: self._plane.api.get(self._pytorch_jobs)["items"])
@@ -193,6 +202,13 @@ def test_running_jobs_notice_nothing_of_the_operators_life(
         assert _image(running.decided("after-upgrade")) == "osft-trainer:newer"
         assert running.pytorch_job() == before
         assert running.job()["status"]["resolved"] == resolved
+        told = running.metrics()
+        assert told["osftjob_pytorchjobs_created_total"] >= 1
+        assert told[f'leader_election_master_status{{name="osft-{home}"}}'] == 1
+        assert told["osft_operator_queue_oldest_seconds"] >= 0
+        # surveyed when it began, among others the job that ran already
+        assert told['osftjob_jobs{phase="Starting"}'] >= 1
+        assert "osft_operator_watch_last_event_timestamp_seconds{" in " ".join(told)
 
         helm.rollback(home, version=1)
         running.roll_out()

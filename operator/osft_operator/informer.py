@@ -126,8 +126,8 @@ class Informer:
 
     def _seen(self, kind: Kind, event: str | None, body: Object) -> None:
         metrics.watch_events.labels(kind.plural).inc()
-        metrics.watch_timestamp.labels(kind.plural).set_to_current_time()
         change = self._cache.remove if event == "DELETED" else self._cache.put
         key = change(kind, body)
         if key is not None:
             self._news(key)
+        metrics.watch_timestamp.labels(kind.plural).set_to_current_time()

@@ -38,7 +38,6 @@ class Health:
         """The event loop runs, and the key that waits longest has waited so long."""
         self._beat = self._clock()
         self._oldest = oldest_seconds
-        metrics.queue_oldest.set(oldest_seconds)
 
     def resynced(self) -> None:
         """A resync ended; from the first one on, they must go on."""

@@ -239,6 +239,7 @@ class Service:
         try:
             while True:
                 survey.take(self._cache.all(OSFTJOBS), datetime.datetime.now(datetime.UTC))
+                metrics.queue_oldest.set(self._queue.oldest_seconds())
                 await asyncio.sleep(COUNT_SECONDS)
         finally:
             metrics.registry.unregister(survey)

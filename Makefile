@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate verify clean
-.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data
+.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator
 SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py)
 
 
@@ -60,6 +60,12 @@ bench-bases: $(VENV)/.dev ## the split beside a singular value decomposition, an
 bench-data: $(VENV)/.dev ## packing and collation, and preparing a large file in little memory
 	$(BIN)/python tests/bench/packing.py
 	$(BIN)/python tests/bench/prepare_data.py
+
+JOBS ?= 1000
+RUNNING ?= 500
+bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a plain kopf operator
+	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) \
+		--running $(RUNNING) --output operator-load-$(JOBS).json
 
 clean:
 	rm -rf $(VENV) .demo

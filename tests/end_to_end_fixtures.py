@@ -9,6 +9,7 @@ import pytest
 
 import operator_process
 import osftjobs
+import rights
 from cluster.fixtures import Cluster
 from osftjobs import Jobs
 
@@ -32,6 +33,8 @@ def operator(
         cluster.plane, SYSTEM, folder, cluster.mark, operator_process.QUICK
     ) as process:
         yield process
+        # Whatever the tests made it do, the chart's roles allow it.
+        assert rights.refused(cluster.plane, SYSTEM) == []
 
 
 @pytest.fixture

@@ -1,18 +1,18 @@
 """The Helm chart, rendered: valid for every supported Kubernetes, restricted, and least privileged.
 
 Rendered and linted by Helm's own code (helm-python-sdk) and validated against the schemas of the
-built-in kinds (kubernetes-validate). What needs an API server is in test_chart_install.py.
+built-in kinds (kubernetes-validate). Metrics, alerts and the admission policy have tests of their
+own; what needs an API server is in test_chart_install.py. With OSFT_SOAK set, every Kubernetes
+from the oldest to the newest is tried, else these two.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import helm_python
@@ -20,123 +20,36 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import job_samples
+from chart_rendering import (
+    CHART,
+    MATRIX,
+    NAMESPACE,
+    OLDEST,
+    environment,
+    every_case,
+    only,
+    pod_of,
+    render,
+    rules,
+    toggles,
+    validate,
+)
+from osft_operator.pod import labels
 from osft_operator.settings import Settings
+from osft_operator.spec import OSFTJob
 from osft_trainer import report
 
-CHART = Path(__file__).parents[1] / "charts" / "osft-operator"
-NAMESPACE = "osft-system"
-OLDEST = "1.30"
 
-MATRIX: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "namespaced": {"watch": {"namespaces": ["team-a", "team-b"]}},
-    "replicas": {"replicas": 2, "leaderElection": {"enabled": False}},
-    "no election": {"leaderElection": {"enabled": False}},
-    "network policy": {
-        "networkPolicy": {
-            "enabled": True,
-            "metricsFrom": [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}],
-        }
-    },
-    "OpenShift": {
-        "runAsUser": None,
-        "runAsGroup": None,
-        "trainer": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
-    },
-    "nothing optional": {
-        "crds": {"enabled": False},
-        "rbac": {"create": False, "userRoles": {"create": False}},
-        "serviceAccount": {"create": False},
-        "metrics": {"service": {"enabled": False}},
-        "podDisruptionBudget": {"enabled": False},
-    },
-    "everything optional": {
-        "replicas": 3,
-        "global": {"imageRegistry": "mirror:5000", "imagePullSecrets": [{"name": "all"}]},
-        "fullnameOverride": "trainer-of-models",
-        "commonLabels": {"team": "ml"},
-        "image": {"digest": "sha256:" + "0" * 64},
-        "imagePullSecrets": [{"name": "one"}],
-        "crds": {"keep": False},
-        "serviceAccount": {"annotations": {"a": "b"}},
-        "metrics": {"service": {"annotations": {"a": "b"}}},
-        "podDisruptionBudget": {"maxUnavailable": "50%"},
-        "extraEnv": [{"name": "HTTPS_PROXY", "value": "proxy:3128"}],
-        "podAnnotations": {"a": "b"},
-        "podLabels": {"c": "d"},
-        "nodeSelector": {"kubernetes.io/os": "linux"},
-        "tolerations": [{"key": "control", "operator": "Exists"}],
-        "affinity": {"nodeAffinity": {}},
-        "topologySpreadConstraints": [
-            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
-        ],
-        "priorityClassName": "system-cluster-critical",
-    },
-}
-every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+def _versions() -> list[str]:
+    newest = kubernetes_validate.latest_version()
+    if not os.environ.get("OSFT_SOAK"):
+        return [OLDEST, newest]
+    first, last = (int(version.split(".")[1]) for version in (OLDEST, newest))
+    return [f"1.{minor}" for minor in range(first, last + 1)]
 
 
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects of the chart with these values, as `helm template` makes them."""
-    return copy.deepcopy(_rendered(json.dumps(values)))
-
-
-@functools.cache
-def _rendered(values: str) -> list[dict[str, Any]]:
-    with helm_python.Chart.load(CHART) as loaded:
-        loaded.validate_schema(json.loads(values))
-        texts = loaded.render(json.loads(values), name="osft", namespace=NAMESPACE)
-    documents = [
-        _parsed(document)
-        for path, text in texts.items()
-        if path.endswith(".yaml")
-        for document in text.split("\n---\n")
-    ]
-    return [document for document in documents if document]
-
-
-@functools.cache
-def _parsed(text: str) -> Any:
-    # most renderings repeat each other's objects
-    return yaml.safe_load(text)
-
-
-@functools.cache
-def _validated(version: str, document: str) -> None:
-    kubernetes_validate.validate(json.loads(document), version, strict=True)
-
-
-def only(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The one object of a kind."""
-    found = [item for item in objects if item["kind"] == kind]
-    assert len(found) == 1, [item["metadata"]["name"] for item in found]
-    return found[0]
-
-
-def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """The operator's pod specification."""
-    spec: dict[str, Any] = only(objects, "Deployment")["spec"]["template"]["spec"]
-    return spec
-
-
-def environment(values: dict[str, Any]) -> dict[str, str]:
-    """The operator's OSFT_* variables as the container sees them, field references filled in."""
-    fields = {"metadata.namespace": NAMESPACE, "metadata.name": "the-pod"}
-    (container,) = pod_of(render(values))["containers"]
-    return {
-        item["name"]: item["value"]
-        if "value" in item
-        else fields[item["valueFrom"]["fieldRef"]["fieldPath"]]
-        for item in container["env"]
-        if item["name"].startswith("OSFT_")
-    }
-
-
-def rules(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rules of every role in the chart."""
-    for item in objects:
-        if item["kind"] in ("Role", "ClusterRole"):
-            yield from item["rules"]
+VERSIONS = _versions()
 
 
 def test_lint_is_clean() -> None:
@@ -149,12 +62,25 @@ def test_lint_is_clean() -> None:
 
 
 @every_case
-@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_rendered_objects_are_valid(values: dict[str, Any], version: str) -> None:
     objects = render(values)
     assert objects
     for item in objects:
-        _validated(version, json.dumps(item))
+        validate(version, item)
+
+
+TOGGLES = list(toggles())
+
+
+@pytest.mark.parametrize(("path", "base", "turned"), TOGGLES, ids=[path for path, *_ in TOGGLES])
+def test_every_switch_does_something_valid(
+    path: str, base: dict[str, Any], turned: dict[str, Any]
+) -> None:
+    assert render(base) != render(turned), f"{path} is accepted and ignored"
+    for version in VERSIONS:
+        for item in render(turned):
+            validate(version, item)
 
 
 @every_case
@@ -179,6 +105,12 @@ def test_names_fit_and_labels_say_whose_they_are(values: dict[str, Any]) -> None
         ({"runAsUser": 0}, "/runAsUser"),
         ({"image": {"digest": "sha256:123"}}, "/image/digest"),
         ({"extraEnv": [{"name": "OSFT_WORKERS", "value": "9"}]}, "/extraEnv/0/name"),
+        ({"policy": {"images": ["a,b"]}}, "/policy/images/0"),
+        ({"policy": {"image": []}}, "image"),
+        (
+            {"metrics": {"serviceMonitor": {"interval": "often"}}},
+            "/metrics/serviceMonitor/interval",
+        ),
         ({"podLabels": {"app.kubernetes.io/name": "mine"}}, "app.kubernetes.io/name"),
     ],
 )
@@ -193,6 +125,22 @@ def test_schema_names_what_is_wrong(values: dict[str, Any], named: str) -> None:
 def test_renewals_that_would_lose_the_lease_are_refused() -> None:
     with pytest.raises(helm_python.HelmRenderError, match=r"leaderElection\.renewSeconds is 8"):
         render({"leaderElection": {"renewSeconds": 8}})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"networkPolicy": {"enabled": True, "trainers": True}}, "watch.namespaces"),
+        ({"metrics": {"prometheusRule": {"enabled": True}}}, "metrics.serviceMonitor.enabled"),
+        (
+            {"metrics": {"serviceMonitor": {"enabled": True}, "service": {"enabled": False}}},
+            "metrics.service.enabled",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused_with_the_cure(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(helm_python.HelmRenderError, match=re.escape(words)):
+        render(values)
 
 
 def test_every_value_has_a_comment_and_a_schema() -> None:
@@ -242,6 +190,13 @@ def test_values_reach_the_settings() -> None:
             "fsGroup": 1000680000,
         },
         "leaderElection": {"enabled": False, "leaseName": "mine"},
+        "policy": {
+            "images": ["here:5000/*", "there/x:1"],
+            "priorityClasses": [],
+            "nodeSelectors": ["gpu=h200"],
+            "trustRemoteCode": False,
+        },
+        "metrics": {"perJob": True},
         "progress": {"timeoutSeconds": 0.5},
     }
     settings = Settings.from_environ(environment(values))
@@ -251,6 +206,11 @@ def test_values_reach_the_settings() -> None:
     assert settings.fs_group == 1000680000
     assert settings.lease_name == "mine"
     assert settings.progress_timeout_seconds == 0.5
+    assert settings.allowed_images == ("here:5000/*", "there/x:1")
+    assert settings.allowed_priority_classes == (), "an empty list allows nothing"
+    assert settings.allowed_node_selectors == ("gpu=h200",)
+    assert settings.allow_remote_code is False
+    assert settings.metrics_per_job is True
     assert settings.leader_election, "two replicas without a Lease would both work"
 
 
@@ -265,13 +225,20 @@ def test_one_operator_at_a_time(replicas: int, strategy: str) -> None:
 
 
 @every_case
-def test_pod_is_restricted(values: dict[str, Any]) -> None:
-    pod = pod_of(render(values))
+def test_pods_are_restricted(values: dict[str, Any]) -> None:
+    objects = render(values)
+    tests = [item["spec"] for item in objects if item["kind"] == "Pod"]
+    assert len(tests) <= 1
+    for pod in (pod_of(objects), *tests):
+        _assert_restricted(pod)
+
+
+def _assert_restricted(pod: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["securityContext"].get("runAsUser", 65532) > 0
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    assert all("emptyDir" in volume for volume in pod["volumes"])
+    assert all("emptyDir" in volume for volume in pod.get("volumes", []))
     for container in pod["containers"] + pod.get("initContainers", []):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -334,10 +301,9 @@ def test_operator_has_exactly_its_rights() -> None:
     ]
 
 
-def test_namespaced_operator_has_no_cluster_role() -> None:
-    values = {"watch": {"namespaces": ["team-a", "team-b"]}}
-    objects = render({**values, "rbac": {"userRoles": {"create": False}}})
-    assert not [item for item in objects if item["kind"] in ("ClusterRole", "ClusterRoleBinding")]
+def test_namespaced_operator_needs_nothing_cluster_wide() -> None:
+    objects = render(MATRIX["namespaces only"])
+    assert all(item["metadata"].get("namespace") for item in objects), "a cluster-wide object"
     roles = {
         item["metadata"]["namespace"]: item
         for item in objects
@@ -389,9 +355,30 @@ def test_people_get_their_roles_by_aggregation() -> None:
         }
         for name, role in roles.items()
     }
-    assert aggregated == {"viewer": {"view", "edit", "admin"}, "editor": {"edit", "admin"}}
+    assert aggregated == {
+        "viewer": {"view", "edit", "admin"},
+        "editor": {"edit", "admin"},
+        "author": {"edit", "admin"},
+    }
+    # Only for those who may create pods anyway: a bound editor role brings no pods.
+    assert _granted(roles["author"]) == {("kubeflow.org", "pytorchjobs"): {"create"}}
+    assert ("kubeflow.org", "pytorchjobs") not in _granted(roles["editor"])
     assert "patch" not in _granted(roles["viewer"])["osft.dev", "osftjobs"]
     assert _granted(roles["editor"])["osft.dev", "osftjobs/status"] == {"get"}
+
+
+def test_training_pods_are_reached_by_their_kind_and_by_the_operator_alone() -> None:
+    objects = render(MATRIX["namespaces only"])
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    (team,) = [item for item in policies if item["metadata"]["namespace"] == "team-a"]
+    ours = labels(OSFTJob.model_validate(job_samples.job()), attempt=1)
+    assert team["spec"]["podSelector"]["matchLabels"].items() <= ours.items()
+    among, operator = team["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": team["spec"]["podSelector"]}]}
+    assert [port["port"] for port in operator["ports"]] == [report.METRICS_PORT]
+    (peer,) = operator["from"]
+    pod = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert peer["podSelector"]["matchLabels"].items() <= pod.items()
 
 
 def test_network_policy_opens_the_way_to_progress() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import job_samples
 from chart_release import ACCOUNT, for_server, installed
-from cluster.api import ApiError
+from cluster.api import ApiError, wait_for
 from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
+from operator_process import QUICK, OperatorProcess
 
 pytestmark = pytest.mark.cluster
 DEPLOYMENT = "/apis/apps/v1/namespaces/{0}/deployments/osft-{0}"
@@ -113,6 +116,110 @@ def test_install_upgrade_rollback_uninstall(bare_plane: ControlPlane, tmp_path: 
     if not plane.binaries.joined:
         assert exists(plane, CRD), "uninstalling the operator deleted every OSFTJob"
     plane.delete_namespace(home)
+
+
+class Running:
+    """An OSFTJob whose PyTorchJob runs, and the operator of the installed release."""
+
+    def __init__(self, plane: ControlPlane, home: str, folder: Path, mark: str) -> None:
+        self._plane, self._home, self._folder, self._mark = plane, home, folder, mark
+        self._operator: OperatorProcess | None = None
+        self._jobs = f"/apis/osft.dev/v1alpha1/namespaces/{home}/osftjobs"
+        self._pytorch_jobs = f"/apis/kubeflow.org/v1/namespaces/{home}/pytorchjobs"
+
+    def roll_out(self) -> None:
+        """What a Deployment's controller does: the old process ends, one of today's starts."""
+        if self._operator is not None:
+            assert self._operator.stop() == 0
+        self._operator = OperatorProcess(self._plane, self._home, self._folder, self._mark)
+        self._operator.start()
+
+    def stop(self) -> None:
+        assert self._operator is not None
+        assert self._operator.stop() == 0
+
+    def metrics(self) -> dict[str, float]:
+        """What the operator tells Prometheus, by series."""
+        assert self._operator is not None
+        port = self._operator.environment["OSFT_METRICS_PORT"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line[0] != "#"]
+        return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines)}
+
+    def start(self) -> None:
+        self._plane.api.post(self._jobs, job_samples.job(name="run"))
+        wait_for("the PyTorchJob", lambda: self._plane.api.get(self._pytorch_jobs)["items"])
+        running = {"type": "Running", "status": "True", "reason": "R", "message": "m"}
+        status = {"status": {"conditions": [running]}}
+        self._plane.api.patch(f"{self._pytorch_jobs}/run/status", status)
+        wait_for("the uid", lambda: "pyTorchJobUID" in self.job()["status"])
+
+    def job(self) -> dict[str, Any]:
+        return self._plane.api.get(f"{self._jobs}/run")
+
+    def pytorch_job(self) -> dict[str, Any]:
+        """The whole PyTorchJob: with its resourceVersion, so any write shows."""
+        return self._plane.api.get(f"{self._pytorch_jobs}/run")
+
+    def decided(self, name: str) -> dict[str, Any]:
+        """The PyTorchJob of a further job: this operator has looked at everything by then."""
+        self._plane.api.post(self._jobs, job_samples.job(name=name))
+        path = f"{self._pytorch_jobs}/{name}"
+        wait_for(f"PyTorchJob {name}", lambda: exists(self._plane, path))
+        return self._plane.api.get(path)
+
+
+def _image(pytorch_job: dict[str, Any]) -> str:
+    master = pytorch_job["spec"]["pytorchReplicaSpecs"]["Master"]
+    image: str = master["template"]["spec"]["containers"][0]["image"]
+    return image
+
+
+@pytest.mark.e2e
+def test_running_jobs_notice_nothing_of_the_operators_life(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path, session_mark: str
+) -> None:
+    plane, home = control_plane, namespace
+    with installed(plane, home, tmp_path / "first", QUICK) as helm:
+        running = Running(plane, home, tmp_path, session_mark)
+        running.roll_out()
+        running.start()
+        before, resolved = running.pytorch_job(), running.job()["status"]["resolved"]
+
+        chart, needed = for_server(plane, tmp_path / "second")
+        values: dict[str, Any] = {
+            **QUICK,
+            "fullnameOverride": f"osft-{home}",
+            "serviceAccount": {"name": ACCOUNT},
+            "crds": {"enabled": False},
+            "replicas": 2,
+            "trainer": {"image": {"tag": "newer"}, "runAsUser": 2000},
+            "policy": {"images": ["nothing"]},
+            **needed,
+        }
+        helm.upgrade(chart, home, values, namespace=home)
+        running.roll_out()
+        assert _image(running.decided("after-upgrade")) == "osft-trainer:newer"
+        assert running.pytorch_job() == before
+        assert running.job()["status"]["resolved"] == resolved
+        told = running.metrics()
+        assert told["osftjob_pytorchjobs_created_total"] >= 1
+        assert told[f'leader_election_master_status{{name="osft-{home}"}}'] == 1
+        assert told["osft_operator_queue_oldest_seconds"] >= 0
+        # surveyed when it began, among others the job that ran already
+        assert told['osftjob_jobs{phase="Starting"}'] >= 1
+        assert "osft_operator_watch_last_event_timestamp_seconds{" in " ".join(told)
+
+        helm.rollback(home, version=1)
+        running.roll_out()
+        assert _image(running.decided("after-rollback")) == _image(before)
+        assert running.pytorch_job() == before
+        job = running.job()
+        running.stop()
+    # uninstalled: no controller of ours is left, and no finalizer waits for one
+    assert running.pytorch_job() == before
+    assert running.job() == job
+    assert "finalizers" not in job["metadata"]
 
 
 def test_account_may_do_its_work_and_no_more(

@@ -31,6 +31,7 @@ class World:
     """One OSFTJob and what was made for it."""
 
     def __init__(self, changes: dict[str, Any] | None = None, **metadata: Any) -> None:
+        self.settings = SETTINGS
         self.body = job(changes, uid="uid-1", namespace="ns", generation=1, **metadata)
         self.now = START
         self.jobs: dict[str, Object] = {}
@@ -53,7 +54,7 @@ class World:
     def observed(self) -> Observed:
         return Observed(
             body=copy.deepcopy(self.body),
-            settings=SETTINGS,
+            settings=self.settings,
             pytorch_jobs=tuple(copy.deepcopy(list(self.jobs.values()))),
             pods=tuple(copy.deepcopy(self.pods)),
             claim=copy.deepcopy(self.claim),

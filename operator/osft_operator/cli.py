@@ -157,7 +157,7 @@ def _report(file: str, body: Object) -> bool:
     found = problems(body)
     if not found:
         job = OSFTJob.model_validate(body)
-        found = [f"{denial.field}: {denial.message}" for denial in policy.denials(job)]
+        found = [str(denial) for denial in policy.denials(job)]
     for line in found:
         print(f"{file}: {line}", file=sys.stderr)
     return not found

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import urllib3
 from kubernetes import client, config
@@ -97,6 +97,7 @@ class Cluster:
         configuration.retries = False
         configuration.connection_pool_maxsize = threads
         self._client = client.ApiClient(configuration)
+        self._host = urlsplit(configuration.host).netloc
         self._timeout = timeout_seconds
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cluster")
         self.before_write: Callable[[], None] = lambda: None
@@ -257,11 +258,11 @@ class Cluster:
             )
             raw: bytes = response.read()
         except (client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-            metrics.api_requests.labels("<error>", method).inc()
+            metrics.api_requests.labels("<error>", method, self._host).inc()
             # what happened to this connection has happened to those that wait beside it
             self._client.rest_client.pool_manager.clear()
             raise Unavailable(f"{method} {kind.plural}: no answer: {error}") from None
-        metrics.api_requests.labels(str(response.status), method).inc()
+        metrics.api_requests.labels(str(response.status), method, self._host).inc()
         if 200 <= response.status < 300:
             return raw
         raise of_answer(method, kind, response.status, raw, response.headers.get("Retry-After"))

@@ -71,7 +71,10 @@ def _accepted(draft: Draft) -> OSFTJob | None:
     except ValidationError:
         draft.condition("Accepted", "False", "InvalidSpec", "; ".join(problems(body)))
         return None
-    if denied := policy.denials(job):
+    # Wishes are judged before they become pods; what was made is followed, and restarted only if
+    # they are still allowed. Nothing is made while something of ours is there.
+    is_due = not draft.observed.own_jobs()
+    if is_due and (denied := policy.denials(job, draft.observed.settings)):
         draft.condition("Accepted", "False", "Denied", "; ".join(map(str, denied)))
         return None
     recorded = find_condition(draft.observed.status, "Accepted")

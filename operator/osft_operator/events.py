@@ -1,17 +1,19 @@
 """Events on OSFTJobs, as `kubectl describe` shows them.
 
-Called by reconcile after a status was written. An event that says the same again is the same object
-with a higher count: its name is made of what it says, so that also a restarted operator finds it.
-An event that cannot be written is logged and dropped; no job waits for it. Must never decide what
-to say: reasons and messages come from the core.
+Called by reconcile after a status was written; service runs the backlog, so that no pass waits for
+an event to be written, and one tenant's many events hold up nobody's PyTorchJob. An event that says
+the same again is the same object with a higher count: its name is made of what it says, so that
+also a restarted operator finds it. An event that cannot be written is logged and dropped. Must
+never decide what to say: reasons and messages come from the core.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 from osft_operator.actions import Event
 from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
@@ -25,6 +27,10 @@ REMEMBERED = 10000
 """Events whose count is known without asking."""
 MAX_MESSAGE = 1024
 """Longest message the API server takes in an Event."""
+MAX_BACKLOG = 10000
+"""Events that wait to be written; of more, the oldest are dropped."""
+WRITERS = 2
+"""Events that are written at one time."""
 
 
 class Recorder:
@@ -102,6 +108,51 @@ class Recorder:
             "reportingComponent": COMPONENT,
             "reportingInstance": self._instance,
         }
+
+
+class Backlog(Recorder):
+    """A recorder that writes after its caller has gone on."""
+
+    def __init__(self, cluster: Cluster, instance: str) -> None:
+        super().__init__(cluster, instance)
+        self._waiting: deque[tuple[Object, Event]] = deque(maxlen=MAX_BACKLOG)
+        self._added = asyncio.Event()
+
+    async def record(self, job: Object, event: Event) -> None:
+        """Say something about an OSFTJob, soon."""
+        if len(self._waiting) == MAX_BACKLOG:
+            logger.warning("%d events wait; the oldest is lost", MAX_BACKLOG)
+        self._waiting.append((job, event))
+        self._added.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        await asyncio.gather(*(self._write_on() for _ in range(WRITERS)))
+
+    async def drain(self) -> None:
+        """Write what still waits."""
+        while self._waiting:
+            await self._write_next()
+
+    async def _write_on(self) -> None:
+        while True:
+            await self._added.wait()
+            if self._waiting:
+                await self._write_next()
+            else:
+                self._added.clear()
+
+    async def _write_next(self) -> None:
+        job, event = self._waiting.popleft()
+        try:
+            await super().record(job, event)
+        except asyncio.CancelledError:
+            # Said once more by drain, and counted twice if the server had taken it.
+            self._waiting.appendleft((job, event))
+            raise
+        except Exception:
+            # An event that cannot even be made must not end the operator, nor hold up the others.
+            logger.exception("The event %s was lost", event.reason)
 
 
 async def newest_about(cluster: Cluster, namespace: str, uid: str) -> str:

@@ -169,3 +169,4 @@ class Informer:
         key = change(kind, body)
         if key is not None:
             self._news(key)
+        metrics.watch_timestamp.labels(kind.plural).set_to_current_time()

@@ -1,12 +1,14 @@
-"""What the operator tells Prometheus about itself and its jobs.
+"""What the operator tells Prometheus about itself.
 
 Names are controller-runtime's where the meaning is equal, so that existing dashboards work. Every
-part counts its own work here; `serve` answers scrapes on a thread of its own. Labels are kept to
-few values: a job's name is never one.
+part counts its own work here; `serve` answers scrapes on a thread of its own. What it tells about
+its jobs is in job_metrics. Labels are kept to few values.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Callable
 from wsgiref.simple_server import WSGIServer
 
@@ -44,10 +46,30 @@ queue_seconds = Histogram(
     ["name"],
     registry=registry,
 )
+work_seconds = Histogram(
+    "workqueue_work_duration_seconds", "Duration of a pass.", ["name"], registry=registry
+)
+longest_work = Gauge(
+    "workqueue_longest_running_processor_seconds",
+    "How long the longest pass under way has run.",
+    ["name"],
+    registry=registry,
+)
+unfinished_work = Gauge(
+    "workqueue_unfinished_work_seconds",
+    "How long all passes under way have run, together.",
+    ["name"],
+    registry=registry,
+)
+queue_oldest = Gauge(
+    "osft_operator_queue_oldest_seconds",
+    "How long the OSFTJob that waits longest has been due.",
+    registry=registry,
+)
 api_requests = Counter(
     "rest_client_requests",
-    "Requests to the API server, by status code and method.",
-    ["code", "method"],
+    "Requests to the API server, by status code, method and host.",
+    ["code", "method", "host"],
     registry=registry,
 )
 leader = Gauge(
@@ -55,13 +77,6 @@ leader = Gauge(
     "1 while this replica is the one that works.",
     ["name"],
     registry=registry,
-)
-jobs = Gauge("osftjob_jobs", "OSFTJobs by phase.", ["phase"], registry=registry)
-jobs_created = Counter(
-    "osftjob_pytorchjobs_created", "PyTorchJobs made by the operator.", registry=registry
-)
-jobs_completed = Counter(
-    "osftjob_completed", "OSFTJobs that ended, by how.", ["result"], registry=registry
 )
 status_writes = Counter(
     "osft_operator_status_writes", "Status writes to OSFTJobs.", registry=registry
@@ -75,6 +90,12 @@ progress_polls = Counter(
 watch_events = Counter(
     "osft_operator_watch_events", "Events seen by the watches.", ["kind"], registry=registry
 )
+watch_timestamp = Gauge(
+    "osft_operator_watch_last_event_timestamp_seconds",
+    "When a watch last told something.",
+    ["kind"],
+    registry=registry,
+)
 resync_drift = Counter(
     "osft_operator_resync_drift",
     "Objects that a resync found changed or gone while the watches had said nothing.",
@@ -87,14 +108,12 @@ resync_timestamp = Gauge(
 loop_lag = Gauge(
     "osft_operator_event_loop_lag_seconds", "How late the event loop is.", registry=registry
 )
-
-
-def count_phases(phases: dict[str, int]) -> None:
-    """Set the gauge of jobs; a phase that no job is in any more goes to zero."""
-    for (phase,) in list(jobs._metrics):
-        jobs.labels(phase).set(phases.get(phase, 0))
-    for phase, number in phases.items():
-        jobs.labels(phase).set(number)
+build_info = Gauge(
+    "osft_operator_build_info",
+    "1, with the operator's version and Python's.",
+    ["version", "python_version"],
+    registry=registry,
+)
 
 
 def serve(address: str, port: int) -> tuple[int, Callable[[], None]]:
@@ -103,6 +122,7 @@ def serve(address: str, port: int) -> tuple[int, Callable[[], None]]:
     Returns:
         The port and a function that ends it.
     """
+    build_info.labels(importlib.metadata.version("osft"), platform.python_version()).set(1)
     server, thread = start_http_server(port, addr=address, registry=registry)
     assert isinstance(server, WSGIServer)
 

@@ -27,12 +27,25 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 """Which attempt a PyTorchJob and its pods are."""
 RESERVED_LABEL_PREFIXES = (f"{GROUP}/", "training.kubeflow.org/")
 """Labels that belong to the operators; users cannot set them on pods."""
+RESERVED_LABELS = (
+    "app.kubernetes.io/name",
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/managed-by",
+)
+"""Labels by which network policies and people choose training pods."""
 
 KUEUE_LABEL_PREFIX = "kueue.x-k8s.io/"
 QUEUE_LABEL = KUEUE_LABEL_PREFIX + "queue-name"
 WORKLOAD_JOB_LABEL = KUEUE_LABEL_PREFIX + "job-uid"
 """On a Workload: uid of the PyTorchJob it stands for."""
 WORKLOAD_PRIORITY_LABEL = KUEUE_LABEL_PREFIX + "priority-class"
+KUEUE_JOB_LABELS = (
+    QUEUE_LABEL,
+    WORKLOAD_PRIORITY_LABEL,
+    KUEUE_LABEL_PREFIX + "managed",
+    KUEUE_LABEL_PREFIX + "pod-group-name",
+)
+"""Labels of the whole job; on a pod, Kueue would queue that pod by itself."""
 
 MAX_NAME_LENGTH = 46
 """Leaves room for `-a9999-worker-999` in the 63 characters of a pod's host name."""
@@ -44,6 +57,8 @@ CONTAINER = "pytorch"
 """The trainer's container; the training-operator looks for this name."""
 RENDEZVOUS_PORT_NAME = "pytorchjob-port"
 METRICS_PORT_NAME = "metrics"
+RESERVED_PORTS = (RENDEZVOUS_PORT_NAME, METRICS_PORT_NAME)
+"""Ports of the trainer's container, by name: where the ranks meet, and where progress is served."""
 
 CHECKPOINT_VOLUME = "checkpoints"
 CACHE_VOLUME = "cache"

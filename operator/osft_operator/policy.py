@@ -2,8 +2,8 @@
 
 Called by decide before anything is made, and by `osft validate`. Pure. The author of an OSFTJob
 needs only the right to create OSFTJobs, while pods are made with the operators' rights; so nothing
-may pass here that Pod Security `restricted` would refuse, and nothing that breaks the rendezvous.
-The namespace's Pod Security admission stays the second line.
+may pass here that Pod Security `restricted` would refuse and the administrator did not allow, and
+nothing that breaks the rendezvous. The namespace's Pod Security admission stays the second line.
 """
 
 from __future__ import annotations
@@ -11,28 +11,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from osft_operator import names
-from osft_operator.pod_merge import APPENDED, KEYS
-from osft_operator.policy_security import Denial, security
+from osft_operator import names, policy_pod
+from osft_operator.policy_allowed import Allowed, matches, words
+from osft_operator.policy_security import Denial, Rule
 from osft_operator.spec import OSFTJob
 
-__all__ = ["Denial", "denials"]
+__all__ = ["Allowed", "Denial", "Rule", "denials"]
 
 Object = dict[str, Any]
 
 
-def denials(job: OSFTJob) -> list[Denial]:
-    """Everything that is refused; empty if nothing is."""
+def denials(job: OSFTJob, allowed: Allowed | None = None) -> list[Denial]:
+    """Everything that is refused; empty if nothing is.
+
+    Args:
+        job: the OSFTJob.
+        allowed: what the administrator allows; None: what a fresh installation does.
+    """
+    allowed = allowed or Allowed()
     template = job.spec.pod_template
-    if wrong := list(_shapes(template.spec, "spec.podTemplate.spec")):
+    if wrong := list(policy_pod.shapes(template.spec, policy_pod.WHERE)):
         return wrong
     return [
         *_environment(job),
         *_queue(job),
+        *_classes(job, allowed),
+        *_code(job, allowed),
         *_metadata(template.metadata),
-        *_pod_spec(template.spec),
-        *_volumes(template.spec),
-        *_containers(template.spec),
+        *policy_pod.denials(job, allowed),
     ]
 
 
@@ -45,14 +51,18 @@ def _environment(job: OSFTJob) -> Iterator[Denial]:
     for index, variable in enumerate(job.spec.env):
         where = f"spec.env[{index}].name"
         if variable.name in seen:
-            yield Denial("RepeatedVariable", where, f"{variable.name} is given twice: keep one")
+            text = f"{variable.name} is given twice: keep one"
+            yield Denial(Rule.REPEATED_VARIABLE, where, text)
         if own.get(variable.name):
-            yield Denial(
-                "RepeatedVariable",
-                where,
-                f"{variable.name} is set by spec.{own[variable.name]}: keep one of them",
-            )
+            text = f"{variable.name} is set by spec.{own[variable.name]}: keep one of them"
+            yield Denial(Rule.REPEATED_VARIABLE, where, text)
         seen.add(variable.name)
+    for index, source in enumerate(job.spec.env_from):
+        # The keys are in an object that the operator does not read; their prefix is not.
+        prefix = source.prefix or ""
+        if names.is_reserved_variable(prefix):
+            text = f"{prefix} begins variables of torchrun and the operators: choose another"
+            yield Denial(Rule.RESERVED_VARIABLE, f"spec.envFrom[{index}].prefix", text)
 
 
 def _queue(job: OSFTJob) -> Iterator[Denial]:
@@ -67,171 +77,54 @@ def _queue(job: OSFTJob) -> Iterator[Denial]:
     for field, value, label in pairs:
         given = job.metadata.labels.get(label)
         if value is not None and given is not None and given != value:
-            yield Denial(
-                "TwoQueues", f"spec.{field}", f"is {value}, but label {label} is {given}: keep one"
-            )
+            text = f"is {value}, but label {label} is {given}: keep one"
+            yield Denial(Rule.TWO_QUEUES, f"spec.{field}", text)
+
+
+def _classes(job: OSFTJob, allowed: Allowed) -> Iterator[Denial]:
+    label = names.WORKLOAD_PRIORITY_LABEL
+    given = {
+        "spec.priorityClassName": job.spec.priority_class_name,
+        "spec.workloadPriorityClassName": job.spec.workload_priority_class_name,
+        f"metadata.labels[{label}]": job.metadata.labels.get(label),
+    }
+    for where, name in given.items():
+        if name is not None and not matches(name, allowed.allowed_priority_classes):
+            listed = words(allowed.allowed_priority_classes)
+            text = f"{name} is not allowed here; allowed are: {listed}"
+            yield Denial(Rule.PRIORITY_CLASS, where, text)
+
+
+def _code(job: OSFTJob, allowed: Allowed) -> Iterator[Denial]:
+    if job.spec.training.trust_remote_code and not allowed.allow_remote_code:
+        text = "code that comes with a model may not run here: remove it, or use another model"
+        yield Denial(Rule.REMOTE_CODE, "spec.training.trustRemoteCode", text)
 
 
 def _metadata(metadata: Object) -> Iterator[Denial]:
     for key in metadata:
         if key not in ("labels", "annotations"):
-            yield Denial(
-                "UnknownField",
-                f"spec.podTemplate.metadata.{key}",
-                "only labels and annotations can be given: remove it",
-            )
+            where = f"spec.podTemplate.metadata.{key}"
+            text = "only labels and annotations can be given: remove it"
+            yield Denial(Rule.UNKNOWN_FIELD, where, text)
     for kind in ("labels", "annotations"):
         entries = metadata.get(kind, {})
         where = f"spec.podTemplate.metadata.{kind}"
         if not isinstance(entries, dict):
-            yield Denial("WrongType", where, "must be a map of texts")
+            yield Denial(Rule.WRONG_TYPE, where, "must be a map of texts")
             continue
         for name, value in entries.items():
-            if not isinstance(value, str):
-                yield Denial("WrongType", f"{where}[{name}]", "must be a text: put it in quotes")
-            elif name.startswith(names.RESERVED_LABEL_PREFIXES):
-                yield Denial(
-                    "ReservedLabel", f"{where}[{name}]", "belongs to the operators: remove it"
-                )
-            elif "apparmor.security.beta" in name or "seccomp.security.alpha" in name:
-                yield Denial("Isolation", f"{where}[{name}]", "weakens the pod: remove it")
+            yield from _entry(f"{where}[{name}]", name, value)
 
 
-def _shapes(part: Object, where: str) -> Iterator[Denial]:
-    """Lists that are merged must be lists of objects, so that merging cannot fail."""
-    for key in (*KEYS, *APPENDED):
-        entries = part.get(key)
-        if entries is None:
-            continue
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            yield Denial("WrongType", f"{where}.{key}", "must be a list of objects")
-        elif key in ("containers", "initContainers"):
-            for index, entry in enumerate(entries):
-                yield from _shapes(entry, f"{where}.{key}[{index}]")
-        elif key == "volumes":
-            for index, entry in enumerate(entries):
-                yield from _projected_shape(entry, f"{where}.{key}[{index}]")
-
-
-def _projected_shape(volume: Object, where: str) -> Iterator[Denial]:
-    projected = volume.get("projected")
-    if projected is None:
-        return
-    sources = projected.get("sources", []) if isinstance(projected, dict) else None
-    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-        yield Denial("WrongType", f"{where}.projected.sources", "must be a list of objects")
-
-
-HAS_FIELD = {
-    "imagePullSecrets": "spec.imagePullSecrets",
-    "terminationGracePeriodSeconds": "spec.terminationGracePeriodSeconds",
-    "priorityClassName": "spec.priorityClassName",
-    "schedulerName": "spec.schedulerName",
-    "activeDeadlineSeconds": "spec.activeDeadlineSeconds",
-}
-"""Fields of a PodSpec that are fields of an OSFTJob."""
-
-FORBIDDEN = {
-    "hostNetwork": "shares the node's network",
-    "hostPID": "shares the node's processes",
-    "hostIPC": "shares the node's memory",
-    "hostUsers": "is not supported",
-    "serviceAccountName": "gives the pod the rights of a service account",
-    "serviceAccount": "gives the pod the rights of a service account",
-    "automountServiceAccountToken": "gives the pod a token of the API server",
-    "nodeName": "passes by the scheduler; use nodeSelector",
-    "restartPolicy": "is the operator's: see spec.maxRestarts",
-    "hostname": "is how the pods find each other",
-    "subdomain": "is how the pods find each other",
-    "setHostnameAsFQDN": "is how the pods find each other",
-    "ephemeralContainers": "cannot be given at creation",
-}
-"""Fields of a PodSpec that are refused, and why."""
-
-
-def _pod_spec(spec: Object) -> Iterator[Denial]:
-    for key in spec:
-        where = f"spec.podTemplate.spec.{key}"
-        if key in HAS_FIELD:
-            yield Denial("HasOwnField", where, f"has a field of its own: use {HAS_FIELD[key]}")
-        elif key in FORBIDDEN:
-            yield Denial("Forbidden", where, f"{FORBIDDEN[key]}: remove it")
-    yield from security(spec.get("securityContext"), "spec.podTemplate.spec.securityContext")
-
-
-ALLOWED_VOLUMES = (
-    "configMap",
-    "csi",
-    "downwardAPI",
-    "emptyDir",
-    "ephemeral",
-    "persistentVolumeClaim",
-    "projected",
-    "secret",
-)
-"""Volume types of Pod Security `restricted`."""
-CREDENTIALS = {"serviceAccountToken", "podCertificate"}
-"""Sources of a projected volume by which the pod could speak for its service account."""
-
-
-def _volumes(spec: Object) -> Iterator[Denial]:
-    for where, volume in _entries(spec, "volumes", "spec.podTemplate.spec"):
-        name = volume.get("name")
-        if name in names.RESERVED_VOLUMES:
-            yield Denial("ReservedVolume", where, f"{name} is the operator's own: rename it")
-        for kind in volume:
-            if kind != "name" and kind not in ALLOWED_VOLUMES:
-                yield Denial(
-                    "VolumeType",
-                    f"{where}.{kind}",
-                    f"is refused; allowed are {', '.join(ALLOWED_VOLUMES)}",
-                )
-        sources = (volume.get("projected") or {}).get("sources", [])
-        if any(source.keys() & CREDENTIALS for source in sources):
-            yield Denial("Forbidden", f"{where}.projected", "gives the pod a credential: remove it")
-
-
-TRAINER_FIELDS = {
-    "image": "spec.image",
-    "imagePullPolicy": "spec.imagePullPolicy",
-    "env": "spec.env",
-    "envFrom": "spec.envFrom",
-    "resources": "spec.resources",
-    "command": "spec.training",
-    "args": "spec.training",
-    "terminationMessagePath": "the operator's own",
-    "terminationMessagePolicy": "the operator's own",
-}
-"""Fields of the trainer's container that are fields of an OSFTJob."""
-
-
-def _containers(spec: Object) -> Iterator[Denial]:
-    for kind in ("containers", "initContainers"):
-        for where, container in _entries(spec, kind, "spec.podTemplate.spec"):
-            yield from _container(container, where)
-            if container.get("name") != names.CONTAINER:
-                continue
-            if kind == "initContainers":
-                yield Denial("ReservedName", where, "the name pytorch is the trainer's: rename it")
-            for key in container:
-                if key in TRAINER_FIELDS:
-                    cure = TRAINER_FIELDS[key]
-                    yield Denial("HasOwnField", f"{where}.{key}", f"is refused here: use {cure}")
-
-
-def _container(container: Object, where: str) -> Iterator[Denial]:
-    yield from security(container.get("securityContext"), f"{where}.securityContext")
-    for here, port in _entries(container, "ports", where):
-        if port.get("hostPort"):
-            yield Denial("Forbidden", f"{here}.hostPort", "opens a port of the node: remove it")
-        if not port.get("name"):
-            yield Denial("UnnamedPort", here, "the pods' services need a name for each port")
-    for here, mount in _entries(container, "volumeMounts", where):
-        if mount.get("mountPropagation") not in (None, "None"):
-            yield Denial("Forbidden", f"{here}.mountPropagation", "reaches the node: remove it")
-
-
-def _entries(parent: Object, key: str, where: str) -> Iterator[tuple[str, Object]]:
-    """The entries of a list with their paths."""
-    for index, entry in enumerate(parent.get(key) or []):
-        yield f"{where}.{key}[{index}]", entry
+def _entry(where: str, name: str, value: Any) -> Iterator[Denial]:
+    """One label or annotation of the pods."""
+    if not isinstance(value, str):
+        yield Denial(Rule.WRONG_TYPE, where, "must be a text: put it in quotes")
+    elif name.startswith(names.RESERVED_LABEL_PREFIXES) or name in names.RESERVED_LABELS:
+        yield Denial(Rule.RESERVED_LABEL, where, "belongs to the operators: remove it")
+    elif name in names.KUEUE_JOB_LABELS:
+        text = "would queue each pod by itself: use spec.queueName, or the OSFTJob's own labels"
+        yield Denial(Rule.RESERVED_LABEL, where, text)
+    elif "apparmor.security.beta" in name or "seccomp.security.alpha" in name:
+        yield Denial(Rule.ISOLATION, where, "weakens the pod: remove it")

@@ -12,9 +12,8 @@ import datetime
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
-from osft_operator import metrics
+from osft_operator import job_metrics, metrics, transitions
 from osft_operator.actions import (
     Action,
     CreateClaim,
@@ -140,7 +139,7 @@ class Reconciler:
             case CreatePyTorchJob(manifest):
                 made = await self._cluster.create(PYTORCHJOBS, namespace, manifest)
                 self._cache.put(PYTORCHJOBS, made)
-                metrics.jobs_created.inc()
+                job_metrics.created.inc()
                 name = made["metadata"]["name"]
                 logger.info("Created the PyTorchJob %s", name, extra={"osftjob": str(key)})
             case SuspendPyTorchJob(name, uid, suspend):
@@ -185,7 +184,7 @@ class Reconciler:
             metrics.status_writes.inc()
             self._milestones.discard(key)
             self._written[key] = self._clock()
-            _log_phase(key, recorded, status)
+            transitions.tell(key, recorded, status)
         for event in decision.events:
             await self._recorder.record(job, event)
         return None
@@ -223,12 +222,3 @@ def _refusal(decision: Decision, job: Object, message: str, now: datetime.dateti
     # a deadline comes on time also for a job whose pods are refused
     appointed = decision.requeue_after or REFUSED_SECONDS
     return Decision(status, events=events, requeue_after=min(REFUSED_SECONDS, appointed))
-
-
-def _log_phase(key: Key, old: dict[str, Any], new: dict[str, Any]) -> None:
-    before, after = old.get("phase"), new.get("phase")
-    if before == after:
-        return
-    logger.info("%s -> %s", before, after, extra={"osftjob": str(key)})
-    if after in ("Succeeded", "Failed"):
-        metrics.jobs_completed.labels(after.lower()).inc()

@@ -12,15 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from osft_operator import names, resources
+from osft_operator.policy_allowed import Allowed
 from osft_operator.spec import OSFTJob
 
 Shape = Literal["master-worker", "worker-only"]
 
 
-class RenderSettings(BaseModel):
-    """The operator's settings that reach a pod; `Settings` has fields of these names."""
+class RenderSettings(Allowed):
+    """The operator's settings that reach a pod, and what a pod may ask for.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `Settings` has fields of these names.
+    """
 
     trainer_image: str
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"

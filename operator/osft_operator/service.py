@@ -9,18 +9,20 @@ into a job.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import datetime
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from osft_operator import metrics, probes
+from osft_operator import logs, metrics, probes
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
-from osft_operator.events import Recorder
+from osft_operator.events import Backlog
 from osft_operator.informer import Informer
+from osft_operator.job_metrics import Survey
 from osft_operator.kinds import OSFTJOBS
 from osft_operator.leader import Leader, LeaseLost
 from osft_operator.polling import Poller
@@ -35,8 +37,10 @@ FINISH_SECONDS = 10.0
 AWAY_SECONDS = 15.0
 """Longest wait between tries while the API server does not answer: soon after it is back, all jobs
 have been looked at."""
+SAY_SECONDS = 3.0
+"""Events that wait get so long to be written before the process ends."""
 COUNT_SECONDS = 15.0
-"""How often the gauge of jobs by phase is set."""
+"""How often the gauges of all jobs are set."""
 
 
 class Service:
@@ -62,7 +66,9 @@ class Service:
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: set[asyncio.Task[None]] = set()
+        self._started: dict[Key, float] = {}
         self._reconciler: Reconciler
+        self._events: Backlog
         self.ports: dict[str, int] = {}
         """Where probes and metrics are served, once they are."""
 
@@ -73,20 +79,21 @@ class Service:
             LeaseLost: when another replica may be the leader.
             WatchEnded: when a watch died.
         """
+        self._events = Backlog(self._cluster, self._settings.instance_name)
         async with self._servers(), self._lease(stop), self._poller() as poller:
             self._reconciler = Reconciler(
                 self._settings,
                 self._cluster,
                 self._cache,
                 poller,
-                Recorder(self._cluster, self._settings.instance_name),
+                self._events,
                 serves=self._informer.serves,
             )
             await self._until(stop, self._informer.sync())
             if stop.is_set():
                 return
             self._health.ready = True
-            parts = [self._informer.run(), poller.run(), self._count()]
+            parts = [self._informer.run(), poller.run(), self._count(), self._events.run()]
             parts += [self._work() for _ in range(self._settings.workers)]
             for part in parts:
                 self._start(part)
@@ -106,6 +113,7 @@ class Service:
             port, close = metrics.serve(address, self._settings.metrics_port)
             closing.append(close)
             self.ports["metrics"] = port
+            self._measure_passes()
             logger.info("Serving", extra={"ports": dict(self.ports)})
             self._start(self._health.keep_beating(self._queue.stalled_seconds))
             yield
@@ -118,6 +126,7 @@ class Service:
     async def _lease(self, stop: asyncio.Event) -> AsyncIterator[None]:
         """Hold the Lease; without an election, hold nothing."""
         if not self._settings.leader_election:
+            metrics.leader.labels(self._settings.lease_name).set(1)
             yield
             return
         await self._until(stop, self._leader.acquire(self._stand_by))
@@ -159,11 +168,14 @@ class Service:
             await self._cancel({waiting, stopping})
 
     async def _finish(self) -> None:
-        """Take no more keys, and let the passes under way end."""
+        """Take no more keys, let the passes under way end, and say what is still to be said."""
         await self._cancel(self._tasks)
         if self._passes:
             await asyncio.wait(self._passes, timeout=FINISH_SECONDS)
         await self._cancel(self._passes)
+        with contextlib.suppress(LeaseLost, TimeoutError):
+            async with asyncio.timeout(SAY_SECONDS):
+                await self._events.drain()
 
     async def _cancel(self, tasks: set[asyncio.Task[Any]]) -> None:
         ending = set(tasks)
@@ -183,24 +195,38 @@ class Service:
             await asyncio.shield(task)
 
     async def _pass(self, key: Key) -> None:
-        started = time.monotonic()
-        result = "success"
-        try:
-            requeue = await self._reconciler.reconcile(key)
-        except LeaseLost:
-            raise
-        except Exception as error:
-            result = "error"
-            self._failed(key, error)
-        else:
-            self._queue.forget(key)
-            if requeue is not None:
-                result = "requeue_after"
-                self._queue.add_after(key, requeue)
-        finally:
-            self._queue.done(key)
-        metrics.reconciles.labels(metrics.CONTROLLER, result).inc()
-        metrics.reconcile_seconds.labels(metrics.CONTROLLER).observe(time.monotonic() - started)
+        with logs.about(osftjob=str(key), reconcile_id=uuid.uuid4().hex[:12]):
+            self._started[key] = time.monotonic()
+            result = "success"
+            try:
+                requeue = await self._reconciler.reconcile(key)
+            except LeaseLost:
+                raise
+            except Exception as error:
+                result = "error"
+                self._failed(key, error)
+            else:
+                self._queue.forget(key)
+                if requeue is not None:
+                    result = "requeue_after"
+                    self._queue.add_after(key, requeue)
+            finally:
+                seconds = time.monotonic() - self._started.pop(key)
+                self._queue.done(key)
+            metrics.reconciles.labels(metrics.CONTROLLER, result).inc()
+            metrics.reconcile_seconds.labels(metrics.CONTROLLER).observe(seconds)
+            metrics.work_seconds.labels(metrics.CONTROLLER).observe(seconds)
+
+    def _under_way(self) -> list[float]:
+        """For how long each pass under way has run; also called by scrapes, on their thread."""
+        now = time.monotonic()
+        return [now - started for started in list(self._started.values())]
+
+    def _measure_passes(self) -> None:
+        longest = metrics.longest_work.labels(metrics.CONTROLLER)
+        longest.set_function(lambda: max(self._under_way(), default=0.0))
+        together = metrics.unfinished_work.labels(metrics.CONTROLLER)
+        together.set_function(lambda: sum(self._under_way()))
 
     def _failed(self, key: Key, error: Exception) -> None:
         """Try again later. A bug that one job brings out must not stop the others."""
@@ -209,7 +235,7 @@ class Service:
         if isinstance(error, Unavailable):
             at_least, at_most = error.retry_after or 0.0, AWAY_SECONDS
         wait = self._queue.retry(key, at_least=at_least, at_most=at_most)
-        about = {"osftjob": str(key), "wait_seconds": round(wait, 1)}
+        about = {"wait_seconds": round(wait, 1)}
         if isinstance(error, Conflict):
             logger.debug("Changed meanwhile, again soon: %s", error, extra=about)
         elif isinstance(error, ClusterError):
@@ -218,10 +244,12 @@ class Service:
             logger.error("A bug; trying again later", exc_info=error, extra=about)
 
     async def _count(self) -> None:
-        while True:
-            phases = collections.Counter(
-                (job.get("status") or {}).get("phase") or "Pending"
-                for job in self._cache.all(OSFTJOBS)
-            )
-            metrics.count_phases(phases)
-            await asyncio.sleep(COUNT_SECONDS)
+        survey = Survey(per_job=self._settings.metrics_per_job)
+        metrics.registry.register(survey)
+        try:
+            while True:
+                survey.take(self._cache.all(OSFTJOBS), datetime.datetime.now(datetime.UTC))
+                metrics.queue_oldest.set(self._queue.oldest_seconds())
+                await asyncio.sleep(COUNT_SECONDS)
+        finally:
+            metrics.registry.unregister(survey)

@@ -1,8 +1,9 @@
 """The operator's settings: one frozen model, read once from OSFT_* environment variables.
 
 Called by __main__ (which hands the model on) and by the chart's tests (which compare names). The
-variable of a field is `OSFT_` and its name in capitals. An empty variable means the default; `null`
-means no value where a field allows that. Must never be read again after the start, and never from
+variable of a field is `OSFT_` and its name in capitals. Lists are separated by commas; a list that
+is empty on purpose is `null`. An empty variable means the default; `null` means no value where a
+field allows that. Must never be read again after the start, and never from
 anywhere but `from_environ`.
 """
 
@@ -15,9 +16,10 @@ import socket
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from osft_operator import process_tree
+from osft_operator.policy_allowed import Allowed
 
 PREFIX = "OSFT_"
 """Every environment variable of the operator begins so."""
@@ -28,10 +30,8 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class Settings(BaseModel):
+class Settings(Allowed):
     """What an administrator decides. What a user decides is in the OSFTJob."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     trainer_image: str = "osft-trainer:0.1.0"
     """Image of the trainer, for jobs that name none."""
@@ -94,6 +94,8 @@ class Settings(BaseModel):
     """Port of /healthz and /readyz; 0 takes a free one."""
     metrics_port: Port = 8080
     """Port of /metrics; 0 takes a free one."""
+    metrics_per_job: bool = False
+    """Whether /metrics tells each job's progress, loss and speed, labelled with its name."""
     loop_stall_seconds: Seconds = 30
     """Liveness fails when the event loop stood still for so long."""
     queue_stall_seconds: Seconds = 90
@@ -148,9 +150,10 @@ def _unknown(name: str, known: Mapping[str, str]) -> str:
 
 def _value(field: str, raw: str) -> Any:
     """A variable's text as pydantic's lax mode reads it."""
+    is_list = isinstance(Settings.model_fields[field].default, tuple)
     if raw == "null":
-        return None
-    if field == "namespaces":
+        return () if is_list else None
+    if is_list:
         return tuple(part.strip() for part in raw.split(",") if part.strip())
     return raw
 

@@ -31,6 +31,18 @@ CONTROLLERS = (
 )
 
 
+AUDITED = """\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - level: Metadata
+    userGroups: [system:serviceaccounts]
+  - level: None
+"""
+"""What the audit log holds: what service accounts do; the administrator is the tests."""
+
+
 class ControlPlane:
     """A running API server with admin access; `start` before use, `stop` at the end."""
 
@@ -53,6 +65,11 @@ class ControlPlane:
     def ca(self) -> Path:
         """The certificate by which the API server is trusted."""
         return self._certificates / "apiserver.crt"
+
+    @property
+    def audit_log(self) -> Path:
+        """One JSON object for each request of a service account."""
+        return self.folder / "audit.log"
 
     @property
     def api(self) -> Api:
@@ -169,6 +186,7 @@ class ControlPlane:
         self._account_key = self._certificates / "service-account.key"
         certificates.new_key(self._account_key)
         (self.folder / "tokens.csv").write_text(f"{TOKEN},admin,admin,system:masters\n")
+        (self.folder / "audit.yaml").write_text(AUDITED)
 
     def _start_etcd(self) -> None:
         peer = f"http://127.0.0.1:{free_port()}"
@@ -198,6 +216,8 @@ class ControlPlane:
             f"--token-auth-file={self.folder / 'tokens.csv'}",
             "--service-cluster-ip-range=10.0.0.0/24",
             "--allow-privileged=true",
+            f"--audit-policy-file={self.folder / 'audit.yaml'}",
+            f"--audit-log-path={self.audit_log}",
         ]
         if self.binaries.joined:
             arguments += [

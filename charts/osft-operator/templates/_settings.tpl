@@ -4,6 +4,11 @@ The operator refuses to start on an OSFT_ variable it does not know; tests/test_
 list against osft_operator.settings. toJson keeps large numbers out of exponent form and turns an
 absent value into null.
 */}}
+{{- define "osft-operator.list" -}}
+{{- /* an empty variable would mean the operator's default; null is the empty list */ -}}
+{{- default "null" (join "," .) | quote }}
+{{- end }}
+
 {{- define "osft-operator.settings" -}}
 {{- with .Values.leaderElection }}
 {{- if gt (mulf 2 .renewSeconds) (float64 .durationSeconds) }}
@@ -22,6 +27,18 @@ absent value into null.
   value: {{ .Values.trainer.runAsGroup | toJson | quote }}
 - name: OSFT_FS_GROUP
   value: {{ .Values.trainer.fsGroup | toJson | quote }}
+- name: OSFT_ALLOWED_IMAGES
+  value: {{ include "osft-operator.list" .Values.policy.images }}
+- name: OSFT_ALLOWED_SERVICE_ACCOUNTS
+  value: {{ include "osft-operator.list" .Values.policy.serviceAccounts }}
+- name: OSFT_ALLOWED_NODE_SELECTORS
+  value: {{ include "osft-operator.list" .Values.policy.nodeSelectors }}
+- name: OSFT_ALLOWED_PRIORITY_CLASSES
+  value: {{ include "osft-operator.list" .Values.policy.priorityClasses }}
+- name: OSFT_ALLOWED_CAPABILITIES
+  value: {{ include "osft-operator.list" .Values.policy.capabilities }}
+- name: OSFT_ALLOW_REMOTE_CODE
+  value: {{ .Values.policy.trustRemoteCode | toJson | quote }}
 - name: OSFT_NAMESPACES
   value: {{ join "," .Values.watch.namespaces | quote }}
 - name: OSFT_OPERATOR_NAMESPACE
@@ -70,6 +87,8 @@ absent value into null.
   value: {{ .Values.probes.port | toJson | quote }}
 - name: OSFT_METRICS_PORT
   value: {{ .Values.metrics.port | toJson | quote }}
+- name: OSFT_METRICS_PER_JOB
+  value: {{ .Values.metrics.perJob | toJson | quote }}
 - name: OSFT_LOOP_STALL_SECONDS
   value: {{ .Values.probes.loopStallSeconds | toJson | quote }}
 - name: OSFT_QUEUE_STALL_SECONDS

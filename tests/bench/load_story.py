@@ -1,0 +1,202 @@
+"""What is done to an operator, and what is measured meanwhile.
+
+Called by operator_load. A wait counts from the API server's answer to `create` until this
+program's own watch shows the PyTorchJob.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import job_samples
+from bench.load_node import Node
+from bench.load_operators import Operator
+from bench.load_watch import Name, Seen
+from cluster.control_plane import ControlPlane
+
+logger = logging.getLogger("bench")
+
+TENANTS = [f"tenant-{number}" for number in range(10)]
+"""Namespaces that the jobs are spread over."""
+THREADS = 8
+WRITES = ("create", "update", "patch", "delete")
+JOBS = "/apis/osft.dev/v1alpha1/namespaces/{0}/osftjobs"
+
+
+class Story:
+    """One operator's measurements."""
+
+    def __init__(self, plane: ControlPlane, operator: Operator, jobs: int) -> None:
+        self._plane, self._api, self._operator = plane, plane.api, operator
+        self._jobs = jobs
+        self._made: dict[Name, float] = {}
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    def play(self, *, rate: float, idle_seconds: float, running: int) -> dict[str, Any]:
+        """Everything, in this order: each part builds on what the one before left.
+
+        Args:
+            rate: creates a second.
+            idle_seconds: how long idleness is measured.
+            running: jobs that run and are polled in a further part; 0 leaves it out.
+        """
+        for namespace in [*TENANTS, "crowd", "single", "running"]:
+            self._plane.create_namespace(namespace)
+        self._children = Seen(self._api, "/apis/kubeflow.org/v1/pytorchjobs")
+        self._osftjobs = Seen(self._api, "/apis/osft.dev/v1alpha1/osftjobs")
+        self._node = Node(self._api, self._children)
+        self._operator.start()
+        self._children.wait_for([self._create(("single", "warm-up"))], 60)
+        result: dict[str, Any] = {"empty_mib": round(self._operator.memory_mib(), 1)}
+        names = [(TENANTS[n % len(TENANTS)], f"job-{n:05}") for n in range(self._jobs)]
+        result["apply_to_pytorchjob"] = self._load(names, rate)
+        result["lives"] = self._live(names)
+        result["idle"] = self._idle(idle_seconds)
+        if running:
+            result["running"] = self._polled(running)
+        result["restart"] = self._restart()
+        result["crowd"] = self._crowd(self._jobs // 2)
+        result["peak_mib_of_last_process"] = round(self._operator.memory_mib("VmHWM"), 1)
+        self._operator.stop()
+        self._children.stopped = self._osftjobs.stopped = True
+        return result
+
+    def _load(self, names: list[Name], rate: float) -> dict[str, Any]:
+        """Create at a steady rate, whatever the operator does."""
+        logger.info("creating %d OSFTJobs", len(names))
+        start = time.monotonic()
+
+        def create(number: int) -> None:
+            time.sleep(max(0.0, start + number / rate - time.monotonic()))
+            self._create(names[number])
+
+        list(self._pool.map(create, range(len(names))))
+        took = time.monotonic() - start
+        lost = self._children.wait_for(names, 120 + len(names) / 10)
+        waits = sorted(self._children.first[n] - self._made[n] for n in names if n not in lost)
+        return {
+            "creates_per_second": round(len(names) / took, 1),
+            "p50_seconds": _percentile(waits, 50),
+            "p99_seconds": _percentile(waits, 99),
+            "max_seconds": round(waits[-1], 3),
+            "not_made": len(lost),
+        }
+
+    def _live(self, names: list[Name]) -> dict[str, Any]:
+        """Each job gets a pod, runs, and succeeds; nobody tells of progress."""
+        logger.info("%d lives", len(names))
+        list(self._pool.map(self._node.run, names))
+        self._osftjobs.wait_for_phase(names, "Running", 60 + len(names) / 20)
+        list(self._pool.map(self._node.succeed, names))
+        start = time.monotonic()
+        missing = self._osftjobs.wait_for_phase(names, "Succeeded", 120 + len(names) / 10)
+        seconds = time.monotonic() - start
+        time.sleep(3)
+        writes = self._writes(*TENANTS)
+        return {
+            "not_succeeded": len(missing),
+            "last_success_to_status_seconds": round(seconds, 2),
+            "api_writes_per_job": round(sum(writes.values()) / len(names), 2),
+            "api_writes_per_job_without_events": round(
+                sum(count for what, count in writes.items() if "events" not in what) / len(names), 2
+            ),
+            "api_writes_per_job_by_kind": {
+                what: round(count / len(names), 2) for what, count in sorted(writes.items())
+            },
+        }
+
+    def _idle(self, seconds: float) -> dict[str, Any]:
+        logger.info("idle")
+        time.sleep(3)
+        return {
+            "cpu_percent_of_a_core": self._cpu_percent(seconds),
+            "mib": round(self._operator.memory_mib(), 1),
+        }
+
+    def _polled(self, count: int) -> dict[str, Any]:
+        """Jobs that run and tell a step a second, beside all that have finished."""
+        logger.info("%d running jobs", count)
+        names = [("running", f"job-{number:05}") for number in range(count)]
+        with self._node.progress():
+            list(self._pool.map(self._create, names))
+            self._children.wait_for(names, 60 + count / 5)
+            list(self._pool.map(self._node.run, names))
+            missing = self._osftjobs.wait_for_phase(names, "Running", 60 + count / 5)
+            time.sleep(60)  # the first answers are milestones, and written at once
+            before, seconds = self._writes("running"), 60
+            percent = self._cpu_percent(seconds)
+            writes = sum((self._writes("running") - before).values())
+            told = sum("progress" in (self._osftjobs.bodies[n].get("status") or {}) for n in names)
+        return {
+            "jobs": count,
+            "not_running": len(missing),
+            "with_progress": told,
+            "cpu_percent_of_a_core": percent,
+            "status_writes_per_job_and_minute": round(writes * 60 / seconds / count, 2),
+        }
+
+    def _restart(self) -> dict[str, Any]:
+        """From the start of a process among all jobs to its first right decision."""
+        logger.info("restart")
+        self._operator.stop()
+        before = len(self._children.first)
+        name = self._create(("single", "made-meanwhile"))
+        start = time.monotonic()
+        self._operator.start()
+        lost = self._children.wait_for([name], 600)
+        time.sleep(2)
+        seconds = None if lost else round(self._children.first[name] - start, 2)
+        return {
+            "to_first_decision_seconds": seconds,
+            "made_twice": len(self._children.first) - before - (0 if lost else 1),
+            "mib": round(self._operator.memory_mib(), 1),
+        }
+
+    def _crowd(self, count: int) -> dict[str, Any]:
+        """One tenant creates as fast as it can; another waits for its single job."""
+        logger.info("a crowd of %d", count)
+        crowd = [("crowd", f"job-{number:05}") for number in range(count)]
+        list(self._pool.map(self._create, crowd))
+        behind = sum(name not in self._children.first for name in crowd)
+        name = self._create(("single", "job"))
+        lost = self._children.wait_for([name], 300)
+        seconds = None if lost else round(self._children.first[name] - self._made[name], 3)
+        self._children.wait_for(crowd, 120 + count / 5)
+        return {"crowd": count, "crowd_waiting": behind, "single_seconds": seconds}
+
+    def _create(self, name: Name) -> Name:
+        self._api.post(JOBS.format(name[0]), job_samples.job(name=name[1]))
+        self._made[name] = time.monotonic()
+        return name
+
+    def _cpu_percent(self, seconds: float) -> float:
+        before = self._operator.cpu_seconds()
+        time.sleep(seconds)
+        return round(100 * (self._operator.cpu_seconds() - before) / seconds, 2)
+
+    def _writes(self, *namespaces: str) -> collections.Counter[str]:
+        """What the operator has written in some namespaces so far, by verb and kind."""
+        counts: collections.Counter[str] = collections.Counter()
+        with self._plane.audit_log.open(encoding="utf-8") as lines:
+            for line in lines:
+                if self._operator.user not in line:
+                    continue
+                entry = json.loads(line)
+                about = entry.get("objectRef", {})
+                is_own = entry["user"]["username"] == self._operator.user
+                if is_own and about.get("namespace") in namespaces and entry["verb"] in WRITES:
+                    part = f"/{about['subresource']}" if about.get("subresource") else ""
+                    counts[f"{entry['verb']} {about['resource']}{part}"] += 1
+        return counts
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    if len(values) < 2:
+        return round(values[0], 3)
+    return round(statistics.quantiles(values, n=100, method="inclusive")[percent - 1], 3)

@@ -1,0 +1,131 @@
+"""ServiceMonitor, alerts, dashboard and `helm test`: every name in them is one that is exported."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import promql
+from chart_rendering import CHART, MATRIX, only, render
+from osft_operator import metrics
+
+SERIES = promql.exported() | {"up": frozenset()}
+
+
+def monitoring(**changes: Any) -> list[dict[str, Any]]:
+    return render({"metrics": {**MATRIX["monitoring"]["metrics"], **changes}})
+
+
+def alerts(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    groups = only(objects, "PrometheusRule")["spec"]["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
+def dashboard() -> dict[str, Any]:
+    maps = only(monitoring(), "ConfigMap")
+    found: dict[str, Any] = json.loads(maps["data"]["osft.json"])
+    return found
+
+
+def queries() -> list[str]:
+    panels = dashboard()["panels"]
+    found = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    variables = dashboard()["templating"]["list"]
+    found += [each["query"] for each in variables if each["type"] == "query"]
+    return found + [rule["expr"] for rule in alerts(monitoring()).values()]
+
+
+@pytest.mark.parametrize("query", queries())
+def test_every_query_asks_for_what_is_exported(query: str) -> None:
+    found = list(promql.asked(query))
+    assert found, "asks for nothing"
+    own: set[str] = set()
+    for each in found:
+        assert each.metric in SERIES, f"{each.metric} is not exported"
+        own |= SERIES[each.metric]
+        assert each.labels <= SERIES[each.metric] | promql.TARGET, each
+    assert promql.grouped(query) <= own | promql.TARGET
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ('sum by (a, b) (rate(x_total{c="}",d=~"e"}[5m])) > 0', {("x_total", "cd")}),
+        ("time() - max(y) > 900 or absent(z == 1)", {("y", ""), ("z", "")}),
+    ],
+)
+def test_the_reader_of_queries_reads(query: str, found: set[tuple[str, str]]) -> None:
+    seen = {(each.metric, "".join(sorted(each.labels))) for each in promql.asked(query)}
+    assert seen == {(name, labels) for name, labels in found}
+
+
+def test_everything_that_is_promised_has_an_alert() -> None:
+    found = alerts(monitoring())
+    assert found.keys() == {
+        "OSFTOperatorDown",
+        "OSFTOperatorNoLeader",
+        "OSFTOperatorQueueOld",
+        "OSFTOperatorWatchStale",
+        "OSFTOperatorErrors",
+        "OSFTJobStalled",
+        "OSFTJobLossNotFinite",
+        "OSFTJobWaitsForGPUs",
+    }
+    documented = re.findall(r"^\| (OSFT\w+) \|", (CHART / "README.md").read_text(), re.MULTILINE)
+    assert documented == list(found)
+    for rule in found.values():
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert {"summary", "description"} == rule["annotations"].keys()
+
+
+def test_alerts_ask_what_the_service_monitor_scrapes() -> None:
+    objects = monitoring()
+    service = only(objects, "Service")
+    monitor = only(objects, "ServiceMonitor")
+    chosen = monitor["spec"]["selector"]["matchLabels"].items()
+    assert chosen <= service["metadata"]["labels"].items()
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    # else Prometheus renames the jobs' own label to exported_namespace
+    assert endpoint["honorLabels"] is True
+    for rule in alerts(objects).values():
+        assert f'service="{service["metadata"]["name"]}"' in rule["expr"]
+
+
+def test_thresholds_are_values() -> None:
+    rule = {"enabled": True, "queueSeconds": 77, "gpuWaitSeconds": 88}
+    objects = monitoring(prometheusRule=rule)
+    assert "> 77" in alerts(objects)["OSFTOperatorQueueOld"]["expr"]
+    assert "> 88" in alerts(objects)["OSFTJobWaitsForGPUs"]["expr"]
+    slow = {"metrics": MATRIX["monitoring"]["metrics"], "reconcile": {"resyncSeconds": 1000}}
+    stale = alerts(render(slow))["OSFTOperatorWatchStale"]
+    assert "> 3000" in stale["expr"], "a slow resync is no stale watch"
+
+
+def test_helm_test_passes_where_the_operator_answers_and_fails_elsewhere() -> None:
+    pod = only(render({}), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    selector = only(render({}), "Service")["spec"]["selector"].items()
+    assert not selector <= pod["metadata"]["labels"].items(), "the test would ask itself"
+    python, option, script, url = pod["spec"]["containers"][0]["command"]
+    assert (python, url) == (
+        "python",
+        "http://osft-osft-operator-metrics.osft-system.svc:8080/metrics",
+    )
+
+    def run(port: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, option, script, f"http://127.0.0.1:{port}/metrics"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+    metrics.leader.labels("l").set(0)
+    port, close = metrics.serve("127.0.0.1", 0)
+    try:
+        assert run(port).stdout == "the operator answers\n"
+    finally:
+        close()
+    assert run(port).returncode != 0

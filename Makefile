@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check generate verify bench bench-retention bench-operator clean
+SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py)
+
+.PHONY: demo test soak check generate verify bench bench-retention bench-operator clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +24,9 @@ demo: $(VENV)/.run       ## teach a small model a second skill, compare with pla
 test: $(VENV)/.dev       ## everything, with a real control plane (built once, then cached)
 	-$(BIN)/python tests/cluster/binaries.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+soak: $(VENV)/.dev       ## faults, crashes, two operators and random jobs at full length
+	OSFT_SOAK=1 $(BIN)/python -m pytest -s $(SOAK)
 
 check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/ruff format --check .

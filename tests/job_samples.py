@@ -350,6 +350,13 @@ RULES = [
         words="remove it",
     ),
     Sample(
+        "claim-shared",
+        {"spec.nnodes": 2, f"{C}.accessModes": ["ReadWriteOnce", "ReadWriteMany"]},
+        {"spec.nnodes": 2, f"{C}.accessModes": ["ReadWriteOnce"]},
+        "storage.checkpoints.accessModes",
+        words="add ReadWriteMany, or remove accessModes",
+    ),
+    Sample(
         "shared-memory",
         {"spec.sharedMemory": {"sizeLimit": "1Gi"}},
         {"spec.sharedMemory": {"sizeLimit": "1Gi", "enabled": False}},
@@ -364,6 +371,7 @@ SCHEMA = [
     Sample("snake", {}, {f"{T}.use_liger": True}, "use_liger"),
     Sample("unknown-spec", {}, {"spec.nodes": 1}, "nodes"),
     Sample("required", {}, {f"{T}.modelPath": GONE}, "modelPath"),
+    Sample("blank", {f"{T}.modelPath": "/a b"}, {f"{T}.modelPath": " "}, "modelPath"),
     Sample("no-checkpoints", {}, {S: {}}, "checkpoints"),
     Sample(
         "ratio",
@@ -399,11 +407,30 @@ SCHEMA = [
     Sample("nodes", {"spec.nnodes": 1000}, {"spec.nnodes": 1001}, "nnodes"),
     Sample("processes", {"spec.nprocPerNode": 8}, {"spec.nprocPerNode": "auto"}, "nprocPerNode"),
     Sample("restarts", {"spec.maxRestarts": 99}, {"spec.maxRestarts": 100}, "maxRestarts"),
+    Sample(
+        "stall",
+        {"spec.stall": {"timeoutSeconds": 60}},
+        {"spec.stall": {"timeoutSeconds": 59}},
+        "spec.stall.timeoutSeconds",
+    ),
+    Sample(
+        "stall-action",
+        {"spec.stall": {"timeoutSeconds": 600, "action": "Restart"}},
+        {"spec.stall": {"timeoutSeconds": 600, "action": "Delete"}},
+        "spec.stall.action",
+    ),
+    Sample("stall-time", {}, {"spec.stall": {"action": "Report"}}, "timeoutSeconds"),
     Sample("quantity", {f"{C}.size": "1.5Ti"}, {f"{C}.size": "10 GB"}, "size"),
     Sample(
         "limits",
         {"spec.resources": {"limits": {"nvidia.com/gpu": 8, "cpu": "500m"}}},
         {"spec.resources": {"limits": {"cpu": True}}},
+        "spec.resources.limits",
+    ),
+    Sample(
+        "limits-quantity",
+        {"spec.resources": {"limits": {"cpu": "1.5", "memory": "16Gi"}}},
+        {"spec.resources": {"limits": {"cpu": "many"}}},
         "spec.resources.limits",
     ),
     Sample("relative", {f"{C}.mountPath": "/a"}, {f"{C}.mountPath": "a"}, "mountPath"),

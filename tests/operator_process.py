@@ -6,7 +6,6 @@ test's changes, and a kubeconfig of the chart's ServiceAccount: no admin token.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ class OperatorProcess:
         self.environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
+            "PYTHONFAULTHANDLER": "1",
             "KUBECONFIG": str(kubeconfig),
             process_tree.VARIABLE: self._mark,
             **_settings(plane, namespace),
@@ -65,8 +65,32 @@ class OperatorProcess:
     def kill(self) -> None:
         """SIGKILL: no clean-up of any kind."""
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: it stands still, as on a machine that sleeps, and does not know."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code.
+
+        Raises:
+            AssertionError: it does not end; with its log, and where its threads stand.
+        """
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGABRT)
+            self._process.wait()
+            raise AssertionError(f"the operator does not end:\n{self.log()}") from None
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""

@@ -2,8 +2,8 @@
 
 Rendered and linted by Helm's own code (helm-python-sdk) and validated against the schemas of the
 built-in kinds (kubernetes-validate). Metrics, alerts and the admission policy have tests of their
-own; what needs an API server is in test_chart_install.py. With SOAK set, every Kubernetes from the
-oldest to the newest is tried, else these two.
+own; what needs an API server is in test_chart_install.py. With OSFT_SOAK set, every Kubernetes
+from the oldest to the newest is tried, else these two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from osft_trainer import report
 
 def _versions() -> list[str]:
     newest = kubernetes_validate.latest_version()
-    if not os.environ.get("SOAK"):
+    if not os.environ.get("OSFT_SOAK"):
         return [OLDEST, newest]
     first, last = (int(version.split(".")[1]) for version in (OLDEST, newest))
     return [f"1.{minor}" for minor in range(first, last + 1)]

@@ -194,3 +194,16 @@ def test_a_write_that_may_not_happen_does_not(
             await cluster.get(CLAIMS, namespace, "c")
 
     tell(story)
+
+
+def test_changes_since_a_version(tell: Callable[[Story], None], namespace: str) -> None:
+    async def story(cluster: Cluster) -> None:
+        before = (await cluster.list_all(CLAIMS, namespace)).version
+        made = await cluster.create(CLAIMS, namespace, claim("c", a="b"))
+        await cluster.create(CLAIMS, namespace, claim("other"))
+        found = await cluster.changes(CLAIMS, namespace, before, labels="a=b")
+        assert [(each.type, each.object["metadata"]["name"]) for each in found] == [("ADDED", "c")]
+        version = made["metadata"]["resourceVersion"]
+        assert await cluster.changes(CLAIMS, namespace, version, labels="a=b") == []
+
+    tell(story)

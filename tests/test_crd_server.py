@@ -67,6 +67,7 @@ FREE: list[tuple[str, Any]] = [
     ("spec.maxRestarts", 7),
     ("spec.resources", {"limits": {"memory": "2Gi"}}),
     ("spec.ttlSecondsAfterFinished", 60),
+    ("spec.stall", {"timeoutSeconds": 600, "action": "Restart"}),
     ("spec.podTemplate", {"spec": {"nodeSelector": {"a": "b"}}}),
 ]
 

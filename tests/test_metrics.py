@@ -79,13 +79,23 @@ def test_liveness_fails_when_work_stops_though_the_loop_runs() -> None:
     clock = Clock()
     health = probes.Health(Settings(), clock=clock)
     health.resynced()
-    health.beat(601)
-    assert health.problems() == ["an OSFTJob waits for 601 s"]
+    health.beat(91)
+    assert health.problems() == ["OSFTJobs are due, and none was taken up for 91 s"]
     health.beat(0)
+    assert health.problems() == []
+    health.heard(True)
+    clock.now += 60
+    health.beat(0)
+    health.heard(True)
+    assert health.problems() == []
+    clock.now += 16
+    health.beat(0)
+    assert health.problems() == ["the watches have been behind the API server for 76 s"]
+    health.heard(False)
     assert health.problems() == []
     clock.now += 1201
     health.beat(0)
-    assert health.problems() == ["the last resync ended 1201 s ago"]
+    assert health.problems() == ["the last resync ended 1277 s ago"]
     health.resynced()
     assert health.problems() == []
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from osft_operator.actions import PollTarget
-from osft_operator.polling import Poller, is_milestone
+from osft_operator.polling import NOTHING, Poller, is_milestone
 from osft_operator.queue import Key
 from osft_operator.settings import Settings
 from osft_trainer.report import MAX_DOCUMENT_BYTES, Progress
@@ -190,3 +190,46 @@ def test_what_passes_a_milestone_is_told_at_once() -> None:
     assert after(final="/checkpoints/final")
     assert after(epoch=1.0)
     assert after(attempt=2)
+
+
+def test_when_a_step_was_heard_first_is_known() -> None:
+    document = dict(GOOD)
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response(document)
+
+    async def story(_: Pod, poller: Poller, target: PollTarget) -> None:
+        assert poller.heard(KEY) == NOTHING
+        poller.watch(KEY, [target])
+        assert poller.heard(KEY).progress is None
+        await poller.ask_all()
+        first = poller.heard(KEY)
+        assert first.since is not None
+        assert first.pod == "p"
+        document["lastUpdatedTime"] = "2026-01-01T00:00:00Z"
+        await poller.ask_all()
+        assert poller.heard(KEY).since == first.since, "a heartbeat is no progress"
+        document["step"] = 4
+        await poller.ask_all()
+        since = poller.heard(KEY).since
+        assert since is not None
+        assert since > first.since
+        poller.watch(KEY, ())
+        assert poller.heard(KEY) == NOTHING
+
+    play(handler, story)
+
+
+def test_a_new_pod_is_asked_at_once() -> None:
+    async def story(_: Pod, poller: Poller, target: PollTarget) -> None:
+        running = asyncio.create_task(poller.run())
+        await asyncio.sleep(0.05)
+        poller.watch(KEY, [target])
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if poller.progress(KEY) is not None:
+                break
+        running.cancel()
+        assert poller.progress(KEY) is not None, "the next round is ten seconds away"
+
+    play(answer(GOOD), story)

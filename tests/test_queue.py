@@ -158,3 +158,31 @@ def test_the_oldest_waiting_key_is_known() -> None:
         assert queue.oldest_seconds() == 2
 
     run(story)
+
+
+def test_a_long_queue_that_moves_does_not_stand_still() -> None:
+    async def story() -> None:
+        clock = Clock()
+        queue = make(clock)
+        for key in (A1, A2, A3):
+            queue.add(key)
+        for _ in range(2):
+            clock.now += 60
+            await take(queue)
+        assert queue.oldest_seconds() == 120
+        assert queue.stalled_seconds() == 0
+        clock.now += 91
+        assert queue.stalled_seconds() == 91
+
+    run(story)
+
+
+def test_an_api_server_that_is_away_is_asked_again_soon() -> None:
+    async def story() -> None:
+        queue = make()
+        waits = [queue.retry(A1, at_most=15) for _ in range(12)]
+        assert waits[-1] == 15
+        assert queue.retry(A1, at_least=60, at_most=15) == 60, "the server's own wish wins"
+        assert queue.retry(A1) == 300
+
+    run(story)

@@ -3,89 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 import job_samples
 from cluster.control_plane import ControlPlane
-from osft_operator.actions import Event, PollTarget
-from osft_operator.cache import Cache
+from osft_operator.actions import Event
+from osft_operator.budget import Budget
 from osft_operator.cluster import Cluster, Conflict
 from osft_operator.events import Recorder
-from osft_operator.kinds import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Kind
+from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS
 from osft_operator.merge_patch import merge_patch
 from osft_operator.queue import Key
-from osft_operator.reconcile import Reconciler
-from osft_operator.resync import Resync
-from osft_operator.settings import Settings
+from osft_operator.reconcile import says_little
 from osft_trainer.report import Progress
-
-
-class Told:
-    """What pods have told; the real poller is tested over HTTP in test_polling."""
-
-    def __init__(self) -> None:
-        self.answer: Progress | None = None
-
-    def progress(self, _: Key) -> Progress | None:
-        return self.answer
-
-    def watch(self, key: Key, targets: Sequence[PollTarget]) -> None:
-        pass
-
-
-class Scene:
-    """A reconciler whose cache is filled by lists, pass by pass."""
-
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self.cluster = cluster
-        self.namespace = namespace
-        self.cache = Cache()
-        self.told = Told()
-        self.now = 1000.0
-        self.waits: float | None = None
-        self._resync = Resync(cluster, self.cache, [namespace])
-        self.reconciler = Reconciler(
-            Settings(progress_write_seconds=30),
-            cluster,
-            self.cache,
-            self.told,  # type: ignore[arg-type]
-            Recorder(cluster, "test"),
-            serves=lambda kind: kind in self._resync.present,
-            clock=lambda: self.now,
-        )
-
-    async def one_pass(self, name: str = "run") -> float | None:
-        """List, then one pass."""
-        await self._resync.run()
-        return await self.reconciler.reconcile(Key(self.namespace, name))
-
-    async def settle(self, name: str = "run") -> None:
-        """Passes until nothing is due at once."""
-        for _ in range(10):
-            if await self.one_pass(name) != 0:
-                return
-        raise AssertionError("passes without end")
-
-    async def job(self, name: str = "run") -> dict[str, Any]:
-        return await self.cluster.get(OSFTJOBS, self.namespace, name)
-
-    async def names(self, kind: Kind) -> list[str]:
-        listing = await self.cluster.list_all(kind, self.namespace)
-        return [item["metadata"]["name"] for item in listing.items]
-
-    async def said(self) -> dict[str, int]:
-        """Events by reason, with their counts."""
-        listing = await self.cluster.list_all(EVENTS, self.namespace)
-        return {item["reason"]: item["count"] for item in listing.items}
-
-    async def condition(self, kind: str) -> dict[str, Any]:
-        conditions = (await self.job())["status"]["conditions"]
-        found: dict[str, Any] = next(each for each in conditions if each["type"] == kind)
-        return found
-
+from reconcile_scene import Scene
 
 Story = Callable[[Scene], Coroutine[Any, Any, None]]
 
@@ -246,3 +180,31 @@ def test_a_merge_patch_makes_the_new_of_the_old(
     old: dict[str, Any], new: dict[str, Any], patch: dict[str, Any]
 ) -> None:
     assert merge_patch(old, new) == patch
+
+
+def test_words_and_progress_can_wait_but_nothing_else() -> None:
+    before = {
+        "phase": "Running",
+        "progress": {"step": 1},
+        "conditions": [{"type": "Running", "status": "False", "reason": "A", "message": "x"}],
+    }
+
+    def after(**changes: Any) -> dict[str, Any]:
+        return {**before, **changes}
+
+    condition = before["conditions"][0]
+    assert says_little(before, after(progress={"step": 2}, countedPods={"newest": "t"}))
+    assert says_little(before, after(conditions=[{**condition, "message": "y"}]))
+    assert not says_little(before, after(conditions=[{**condition, "reason": "B"}]))
+    assert not says_little(before, after(checkpoint={"latest": "c"}))
+    assert not says_little(before, after(restarts=1))
+
+
+def test_a_budget_is_shared_and_refills() -> None:
+    now = [0.0]
+    budget = Budget(2, lambda: now[0])
+    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]
+    now[0] += 0.5
+    assert budget.take() == 0
+    now[0] += 100
+    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]

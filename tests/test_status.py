@@ -130,6 +130,7 @@ def test_a_failed_pytorch_job_is_made_anew() -> None:
     world.step()
     assert world.status["attempt"] == 2
     assert world.status["phase"] == "Restarting"
+    world.wait(10)
     world.settle()
     assert list(world.jobs) == ["sample-a2"]
     assert world.status["restarts"] == 2
@@ -461,9 +462,12 @@ def test_crashes_at_any_point_change_nothing(crashes: list[str], happenings: lis
         _happen(world, happening)
         for _ in range(6):
             crash = pending.pop() if pending else "none"
+            world.wait(7)
             world.step(act=crash != "before", record=crash == "none")
             assert len(world.jobs) <= 1
     world.edit(suspend=False)
+    world.settle()
+    world.wait(300)
     world.settle()
     assert world.status["phase"] == "Failed" or len(world.jobs) == 1
     assert world.status["restarts"] <= 3

@@ -40,6 +40,9 @@ class World:
         self.kind_present = True
         self.progress: Progress | None = None
         self.newest_event = ""
+        self.news: dict[str, str] = {}
+        self.workload: Object | None = None
+        self.listening = float("inf")
         self.made = 0
         self.events: list[str] = []
         self.gone = False
@@ -58,6 +61,9 @@ class World:
             progress=self.progress,
             pytorch_job_kind_present=self.kind_present,
             newest_event=self.newest_event,
+            news=self.news,
+            workload=self.workload,
+            listening_seconds=self.listening,
         )
 
     def step(self, *, act: bool = True, record: bool = True) -> Decision:
@@ -94,6 +100,10 @@ class World:
         """All pods of a PyTorchJob run."""
         self.pods = [self._pod(name, index) for index in range(count)]
 
+    def replace_pod(self, index: int = 0, name: str = "sample") -> None:
+        """A pod was lost, and the training-operator has made it again."""
+        self.pods[index] = self._pod(name, index)
+
     def end(self, code: int, message: str = "", *, index: int = 0, **terminated: Any) -> None:
         """The trainer's container of a pod ends, and is started again by the kubelet."""
         status = self.pods[index]["status"]["containerStatuses"][0]
@@ -115,6 +125,8 @@ class World:
             "metadata": {
                 "name": f"{name}-{'master-0' if index == 0 else f'worker-{index - 1}'}",
                 "labels": {"osft.dev/job": "sample", **role},
+                "uid": f"{name}-{index}-{text_of(self.now)}",
+                "creationTimestamp": text_of(self.now),
                 "ownerReferences": [{"controller": True, "uid": job_uid}],
             },
             "status": {

@@ -1,7 +1,8 @@
-"""The `osft` command: run, render and validate OSFTJobs on this machine.
+"""The `osft` command: run, render and validate OSFTJobs here, watch those of a cluster.
 
-Entry point only: reads files, calls local, render and spec, prints. Exit codes: 0 succeeded, 1 the
-job failed, 2 bad input, 130 interrupted after saving. Must never import torch or talk to a cluster.
+Entry point only: reads files, calls local, render, spec and remote_commands, prints. Exit codes:
+0 succeeded, 1 the job failed, 2 bad input, 130 interrupted (`run` has saved). Must never import
+torch, nor talk to a cluster itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"osft: {error}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
-        print("osft: killed; what was saved before is there", file=sys.stderr)
+        if arguments.action is _run:
+            print("osft: killed; what was saved before is there", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
 
@@ -65,7 +67,38 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("validate", help="print every problem of an OSFTJob")
     check.set_defaults(action=_validate)
     check.add_argument("file", nargs="+", help="OSFTJobs as YAML, or - for standard input")
+    _add_remote(commands)
     return parser
+
+
+def _add_remote(commands: Any) -> None:
+    """Commands that look at a cluster, with the rights of the user's kubeconfig."""
+    seen = commands.add_parser("watch", help="show an OSFTJob of a cluster until it ends")
+    seen.set_defaults(action=_watch)
+    log = commands.add_parser("logs", help="print the log of an OSFTJob's rank 0")
+    log.set_defaults(action=_logs)
+    log.add_argument(
+        "-f", "--follow", action="store_true", help="go on across restarts, until the job ends"
+    )
+    log.add_argument("--tail", type=int, metavar="LINES", help="only the last lines")
+    log.add_argument("-p", "--previous", action="store_true", help="of the run before a restart")
+    for command in (seen, log):
+        command.add_argument("name", metavar="NAME", help="of the OSFTJob")
+        command.add_argument("-n", "--namespace", help="default: the kubeconfig's")
+        command.add_argument("--context", help="of the kubeconfig")
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    # here, because the client takes a second to load, which no other command needs
+    from osft_operator import remote_commands
+
+    return remote_commands.watch(arguments)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from osft_operator import remote_commands
+
+    return remote_commands.logs(arguments)
 
 
 def load(file: str) -> list[Object]:

@@ -1,17 +1,17 @@
-"""The only client of the API server: typed calls, typed errors, plain dicts in and out.
+"""The operator's only client of the API server: typed calls, typed errors, plain dicts.
 
-Called by resync, reconcile, events, leader and service; nothing else imports the kubernetes
-package. Its client is synchronous, so every call runs in a bounded pool of threads and the event
-loop never waits. What a caller may do with an error is in its class: Unavailable means wait,
-Refused means give up until something changes, NotFound and Conflict say what is there; all else is
-a bug and keeps its stack trace. Must never decide anything about a job.
+Called by resync, freshness, reconcile, observer, events, leader and service; nothing else of the
+operator imports the kubernetes package (remote is the command line's). Its client is synchronous,
+so every call runs in a bounded pool of threads and the event loop never waits. What a caller may do
+with an error is in its class: Unavailable means wait, Refused means give up until something
+changes, NotFound and Conflict say what is there; all else is a bug and keeps its stack trace. Must
+never decide anything about a job.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,55 +23,55 @@ import urllib3
 from kubernetes import client, config
 
 from osft_operator import metrics
+from osft_operator.cluster_errors import (
+    AlreadyExists,
+    ClusterError,
+    Conflict,
+    Forbidden,
+    Gone,
+    KindMissing,
+    NotFound,
+    Refused,
+    Unavailable,
+    document,
+    of_answer,
+)
 from osft_operator.kinds import LEASES, Kind, Object
+
+__all__ = [
+    "AlreadyExists",
+    "Change",
+    "Cluster",
+    "ClusterError",
+    "Conflict",
+    "Forbidden",
+    "Gone",
+    "KindMissing",
+    "Listing",
+    "NotFound",
+    "Refused",
+    "Unavailable",
+]
 
 PAGE_SIZE = 500
 """Objects in one page of a list; the API server's memory is the limit, not ours."""
 FIELD_MANAGER = "osft-operator"
 """Name of this writer in managedFields."""
-MAX_MESSAGE = 1024
-"""Longest part of the server's words that is kept."""
+OBJECT_SECONDS = 10.0
+"""Longest wait for an answer about one object: a connection that died silently costs no more."""
+LEASE_SECONDS = 4.0
+"""The same for a Lease, which is lost when it is not renewed in time."""
+CHANGES_SECONDS = 1
+"""How long the server waits for further changes when it is asked for them."""
 
 
-class ClusterError(Exception):
-    """What the API server or the way to it answered instead of a result."""
+@dataclass(frozen=True)
+class Change:
+    """One event of a watch."""
 
-    def __init__(self, message: str, *, code: int = 0, reason: str = "") -> None:
-        super().__init__(message[:MAX_MESSAGE])
-        self.code = code
-        self.reason = reason
-
-
-class NotFound(ClusterError):
-    """404: the object, or the namespace it should be made in, is not there."""
-
-
-class KindMissing(NotFound):
-    """404 for the whole kind: its CustomResourceDefinition is not installed (yet)."""
-
-
-class Conflict(ClusterError):
-    """409: changed meanwhile; look again."""
-
-
-class AlreadyExists(Conflict):
-    """409 on creating: the name is taken."""
-
-
-class Refused(ClusterError):
-    """4xx: the server does not want this request, and says why. The same one never helps."""
-
-
-class Forbidden(Refused):
-    """403: a right or a quota is missing. It may come, so a later try can help."""
-
-
-class Unavailable(ClusterError):
-    """No answer, 401, 429 or 5xx: try again later."""
-
-    def __init__(self, message: str, *, code: int = 0, retry_after: float | None = None) -> None:
-        super().__init__(message, code=code)
-        self.retry_after = retry_after
+    type: str
+    """ADDED, MODIFIED or DELETED."""
+    object: Object
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,33 @@ class Cluster:
                 return Listing(items, metadata.get("resourceVersion", ""))
             query["continue"] = metadata["continue"]
 
+    async def changes(
+        self, kind: Kind, namespace: str | None, version: str, *, labels: str = ""
+    ) -> list[Change]:
+        """What has changed since a version, by a watch of a second.
+
+        Raises:
+            Gone: when the server does not remember that version.
+        """
+        query = {"watch": "true", "resourceVersion": version}
+        query |= {"timeoutSeconds": str(CHANGES_SECONDS)}
+        query |= {"labelSelector": labels} if labels else {}
+        url = kind.path(namespace) + "?" + urlencode(query)
+        loop = asyncio.get_running_loop()
+        raw = await loop.run_in_executor(self._threads, self._raw, "GET", kind, url, None)
+        # the last line may be cut; what it says comes again with the next question
+        events = [document(line) for line in raw.split(b"\n")]
+        for event in events:
+            if event.get("type") == "ERROR":
+                status = event.get("object") or {}
+                error = Gone if status.get("code") == 410 else Unavailable
+                raise error(f"watch {kind.plural}: {status.get('message')}")
+        return [
+            Change(event["type"], event["object"])
+            for event in events
+            if event.get("type") in ("ADDED", "MODIFIED", "DELETED")
+        ]
+
     async def create(self, kind: Kind, namespace: str, body: Object) -> Object:
         """Make an object; unknown fields are an error."""
         query = {"fieldValidation": "Strict", "fieldManager": FIELD_MANAGER}
@@ -210,6 +237,11 @@ class Cluster:
 
     def _request(self, method: str, kind: Kind, url: str, body: Object | None) -> Object:
         """One request, in a thread of the pool."""
+        if found := document(self._raw(method, kind, url, body)):
+            return found
+        raise Unavailable(f"{method} {kind.plural}: the answer is no JSON object")
+
+    def _raw(self, method: str, kind: Kind, url: str, body: Object | None) -> bytes:
         if method != "GET" and kind is not LEASES:
             self.before_write()
         headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER}
@@ -219,47 +251,25 @@ class Cluster:
             headers["Content-Type"] = "application/json"
         self._client.update_params_for_auth(headers, [], ["BearerToken"], url, method, body)
         host = self._client.configuration.host
+        timeout = min(self._timeout, _patience(method, kind, url))
         try:
             response = self._client.rest_client.request(
-                method, host + url, headers=headers, body=body, _request_timeout=self._timeout
+                method, host + url, headers=headers, body=body, _request_timeout=timeout
             )
-            raw = response.read()
+            raw: bytes = response.read()
         except (client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
             metrics.api_requests.labels("<error>", method, self._host).inc()
+            # what happened to this connection has happened to those that wait beside it
+            self._client.rest_client.pool_manager.clear()
             raise Unavailable(f"{method} {kind.plural}: no answer: {error}") from None
         metrics.api_requests.labels(str(response.status), method, self._host).inc()
         if 200 <= response.status < 300:
-            if found := _document(raw):
-                return found
-            raise Unavailable(f"{method} {kind.plural}: the answer is no JSON object")
-        raise _error(method, kind, response.status, raw, response.headers.get("Retry-After"))
+            return raw
+        raise of_answer(method, kind, response.status, raw, response.headers.get("Retry-After"))
 
 
-def _error(method: str, kind: Kind, code: int, raw: bytes, retry_after: str | None) -> ClusterError:
-    """An answer that is no result, sorted by what a caller may do about it."""
-    status = _document(raw)
-    message = str(status.get("message") or raw[:MAX_MESSAGE].decode(errors="replace")).strip()
-    reason = str(status.get("reason", ""))
-    text = f"{method} {kind.plural}: {message}"
-    if code == 404:
-        # A missing object is named in the answer's details; a missing kind has no details.
-        named = (status.get("details") or {}).get("name")
-        return (NotFound if named else KindMissing)(text, code=code, reason=reason)
-    if code == 409:
-        taken = reason == "AlreadyExists"
-        return (AlreadyExists if taken else Conflict)(message, code=code, reason=reason)
-    if code in (401, 408, 429) or code >= 500:
-        wait = float(retry_after) if retry_after and retry_after.isdigit() else None
-        return Unavailable(text, code=code, retry_after=wait)
-    if code == 403:
-        return Forbidden(message, code=code, reason=reason)
-    return Refused(message, code=code, reason=reason)
-
-
-def _document(raw: bytes) -> Object:
-    """The JSON object of an answer; empty when it is none, as from a proxy in between."""
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _patience(method: str, kind: Kind, url: str) -> float:
+    """Longest wait for an answer in seconds; a page of a list may take as long as is set."""
+    if kind is LEASES:
+        return LEASE_SECONDS
+    return float("inf") if method == "GET" and "limit=" in url else OBJECT_SECONDS

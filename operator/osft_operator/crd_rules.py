@@ -153,6 +153,13 @@ RULES = [
         ".training.ckptOutputDir",
     ),
     Rule(
+        "spec",
+        "self.nnodes == 1 || !has(self.storage.checkpoints.accessModes) || "
+        "'ReadWriteMany' in self.storage.checkpoints.accessModes",
+        "with nnodes > 1 all nodes write to the claim: add ReadWriteMany, or remove accessModes",
+        ".storage.checkpoints.accessModes",
+    ),
+    Rule(
         TRAINING,
         "self.maxSeqLen <= self.maxTokensPerGpu",
         "maxSeqLen must be at most maxTokensPerGpu: lower maxSeqLen or raise maxTokensPerGpu",

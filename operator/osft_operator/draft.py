@@ -80,6 +80,8 @@ def _event(kind: str, status: str, reason: str, message: str) -> Event | None:
         return Event("Normal", "Running", message)
     if kind == "Running" and reason not in QUIET:
         return Event("Warning", reason, message)
+    if kind == "Stalled" and (status == "True" or reason == "Progressing"):
+        return Event("Warning" if status == "True" else "Normal", reason, message)
     if kind in ("Suspended", "Complete") and status == "True":
         return Event("Normal", reason, message)
     if kind == "Failed" and status == "True":

@@ -1,7 +1,8 @@
-"""Reads pods: who failed first and with which words, how often they restarted, what they wait for.
+"""Reads pods: who failed first and with which words, how often they restarted, how many run.
 
-Called by decide and status. Pure. Everything a container wrote is untrusted: it is bounded, freed
-of control characters, and never decides more than its exit code does.
+Called by decide, status and restarts; why a pod does not start is in waiting. Pure. Everything a
+container wrote is untrusted: it is bounded, freed of control characters, and never decides more
+than its exit code does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from osft_operator.names import CONTAINER
-from osft_operator.observed import Object, is_deleting, time_of
+from osft_operator.observed import Object, find_condition, is_deleting, time_of
 from osft_operator.status_model import FailureStatus
 from osft_trainer.report import ExitCode, Progress, Termination
 
@@ -31,19 +32,17 @@ CURES = {
     "OOMKilled": "the container used more memory than its limit (/dev/shm counts); raise "
     "spec.resources.limits.memory, or lower spec.training.maxTokensPerGpu",
     "Evicted": "the node took the pod's place away",
+    "NCCLTimeout": "a rank waited in vain for the others: one hung or died, or the network between "
+    "the nodes is broken; look for the first error in the logs of all pods",
 }
-"""Words for ends that leave no message."""
-
-PROBLEMS = (
-    "ImagePullBackOff",
-    "ErrImagePull",
-    "InvalidImageName",
-    "ImageInspectError",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-    "RunContainerError",
+"""Words for ends that leave no message, or one that does not say what to do."""
+_NCCL = re.compile(
+    r"(?i)watchdog caught collective operation time ?out|nccl[^\n]{0,200}timed? ?out"
+    r"|some nccl operations have failed"
 )
-"""Reasons of a waiting container that time alone rarely cures."""
+ABORTED = "was ended by SIGABRT"
+"""The launcher's words on a rank that ended itself."""
+ABORT_HINT = "NCCL ends a rank so when a collective times out; its log says more"
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,10 @@ class Ended:
 
 def cause(pods: Sequence[Object]) -> Ended | None:
     """The failure that explains the newest round of failures; None when nothing failed."""
-    # a pod that is being deleted was told to end
-    found = [ended for pod in pods if not is_deleting(pod) for ended in _ended(pod)]
+    # a pod that is being deleted was told to end; unless the cluster says that it took it away
+    found = [
+        ended for pod in pods if not is_deleting(pod) or _disruption(pod) for ended in _ended(pod)
+    ]
     if not found:
         return None
     earliest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
@@ -90,7 +91,8 @@ def cause(pods: Sequence[Object]) -> Ended | None:
     recent = [ended for ended in found if newest - (ended.finished or earliest) <= SAME_ROUND]
 
     def rank(ended: Ended) -> tuple[int, datetime.datetime, str]:
-        weight = 0 if ended.is_final else 2 if ended.exit_code in _FOLLOWERS else 1
+        follows = ended.exit_code in _FOLLOWERS or ended.reason == "NCCLTimeout"
+        weight = 0 if ended.is_final else 2 if follows else 1
         return weight, ended.finished or earliest, ended.pod
 
     finals = [ended for ended in found if ended.is_final]
@@ -138,24 +140,6 @@ def _runs(pod: Object) -> bool:
     )
 
 
-def waiting(pods: Sequence[Object]) -> tuple[str, str] | None:
-    """Why a pod does not start: reason and words; None when nothing is known to be wrong."""
-    for pod in pods:
-        name = pod["metadata"]["name"]
-        status = pod.get("status") or {}
-        for condition in status.get("conditions") or []:
-            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-                reason = word(condition.get("reason"), "Unschedulable")
-                return reason, f"pod {name}: {clean(condition.get('message'))}"
-        kinds = ("initContainerStatuses", "containerStatuses")
-        for container in [each for kind in kinds for each in status.get(kind) or []]:
-            held = (container.get("state") or {}).get("waiting") or {}
-            if held.get("reason") in PROBLEMS:
-                words = f"container {container.get('name')} of pod {name}: "
-                return str(held["reason"]), words + clean(held.get("message"))
-    return None
-
-
 def last_progress(pods: Sequence[Object]) -> Progress | None:
     """The furthest progress in the last words of the trainers."""
     found = []
@@ -188,18 +172,45 @@ def _statuses(pod: Object) -> list[Any]:
 def _ended(pod: Object) -> Iterator[Ended]:
     """Each container's latest end with an error, and the pod's own."""
     status = pod.get("status") or {}
-    found = False
+    ends = []
     for container in [*(status.get("initContainerStatuses") or []), *_statuses(pod)]:
         for key in ("state", "lastState"):
             terminated = (container.get(key) or {}).get("terminated")
             if terminated and terminated.get("exitCode") != 0:
-                yield _of_container(pod, str(container.get("name")), terminated)
-                found = True
+                ends.append(_of_container(pod, str(container.get("name")), terminated))
                 break
-    if status.get("phase") == "Failed" and not found:
-        reason = word(status.get("reason"), "PodFailed")
+    taken = _taken_away(pod)
+    if taken is not None and not any(ended.is_final for ended in ends):
+        # what its containers said then is that they were told to end
+        yield taken
+        return
+    yield from ends
+    if status.get("phase") == "Failed" and not ends:
+        message = clean(status.get("message"))
+        yield Ended(pod["metadata"]["name"], "", None, "PodFailed", message, None)
+
+
+def _taken_away(pod: Object) -> Ended | None:
+    """How the node or the cluster ended a pod; None when its own containers did."""
+    status = pod.get("status") or {}
+    disruption = _disruption(pod)
+    if status.get("phase") == "Failed" and status.get("reason"):
+        reason = word(status["reason"], "PodFailed")
         message = clean(status.get("message")) or CURES.get(reason, "")
-        yield Ended(pod["metadata"]["name"], "", None, reason, message, None)
+    elif disruption:
+        reason = word(disruption.get("reason"), "Evicted")
+        message = clean(disruption.get("message"))
+    else:
+        return None
+    when = disruption.get("lastTransitionTime") if disruption else None
+    finished = time_of(when) if when else None
+    return Ended(pod["metadata"]["name"], "", None, reason, message, finished)
+
+
+def _disruption(pod: Object) -> Object:
+    """The cluster's word that it takes the pod away: preempted, drained, its node lost."""
+    condition = find_condition(pod.get("status") or {}, "DisruptionTarget")
+    return condition if condition.get("status") == "True" else {}
 
 
 def _of_container(pod: Object, container: str, terminated: Object) -> Ended:
@@ -210,6 +221,10 @@ def _of_container(pod: Object, container: str, terminated: Object) -> Ended:
         reason, message = word(words.reason, kubelets), clean(words.message)
     else:
         reason, message = kubelets, clean(words.message if words else raw)
+    if _NCCL.search(f"{reason} {message}") and terminated.get("exitCode") not in _FINAL_CODES:
+        reason = "NCCLTimeout"
+    elif ABORTED in message:
+        message = f"{message}; {ABORT_HINT}"
     if reason in CURES:
         message = f"{CURES[reason]}. {message}".strip()[:MAX_MESSAGE]
     finished = terminated.get("finishedAt")

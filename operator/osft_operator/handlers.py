@@ -28,8 +28,12 @@ PREFIX = names.GROUP
 """Prefix of whatever kopf would write, so that nothing foreign could ever appear."""
 STOP_SECONDS = 3.0
 """Longest wait for the end; kopf tries again for some seconds when it is stopped in its start."""
-ERROR_WAITS = (1, 2, 3, 5, 8, 13, 21, 34)
-"""Seconds between tries of a failing watch: about a minute and a half, then this process ends."""
+WATCH_SECONDS = 20
+"""The server ends each watch after so long and it goes on from where it was: so a connection that
+died without a word is noticed soon, for four requests in that time."""
+ERROR_WAITS = (1, 2, 3, 5, *([8] * 450))
+"""Seconds between tries of a failing watch: an hour, then this process ends. Shorter outages are
+sat out, for a process that ends again and again is started later and later."""
 
 _LOGGER = logging.getLogger("kopf")
 
@@ -127,11 +131,11 @@ def kopf_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX, v1=False)
     settings.watching.chunk_size = PAGE_SIZE
     # A watch that says nothing for so long is opened anew: load balancers drop silent ones.
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 310
-    settings.watching.connect_timeout = 30
+    settings.watching.server_timeout = WATCH_SECONDS
+    settings.watching.client_timeout = WATCH_SECONDS + 5
+    settings.watching.connect_timeout = 5
     settings.networking.request_timeout = 30
-    settings.networking.connect_timeout = 10
+    settings.networking.connect_timeout = 5
     settings.networking.error_backoffs = ERROR_WAITS
     settings.networking.enforce_retry_after = True
     # The process itself ends hard if need be; kopf must not.

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache
-from osft_operator.cluster import Cluster, ClusterError
+from osft_operator.cluster import Cluster, ClusterError, Gone
+from osft_operator.freshness import Freshness
 from osft_operator.handlers import Watches
 from osft_operator.kinds import Kind, Object
 from osft_operator.queue import Key
-from osft_operator.resync import Resync
+from osft_operator.resync import Place, Resync
 from osft_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_WAIT_SECONDS = 30.0
+MAX_WAIT_SECONDS = 10.0
 """Longest wait between tries of the first list."""
+IN_FLIGHT_SECONDS = 2.0
+"""What happened during a check is told by the watches after so long."""
+SILENT_CHECKS = 2
+"""After so many checks in a row that found the watches behind, they start anew."""
 
 
 class WatchEnded(Exception):
@@ -42,12 +47,15 @@ class Informer:
         *,
         news: Callable[[Key], None],
         resynced: Callable[[], None],
+        behind: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._cache = cache
         self._news = news
         self._resynced = resynced
+        self._behind = behind
         self._resync = Resync(cluster, cache, settings.namespaces)
+        self._freshness = Freshness(cluster, cache, news)
 
     def serves(self, kind: Kind) -> bool:
         """Whether the API server had this kind when last asked."""
@@ -78,14 +86,16 @@ class Informer:
         watches.start()
         ended = asyncio.create_task(watches.ended())
         others = asyncio.create_task(self._until_other_kinds(kinds))
+        silent = asyncio.create_task(self._until_silent(kinds))
+        tasks = (ended, others, silent)
         try:
-            await asyncio.wait({ended, others}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             died = ended.done()
         finally:
             await watches.stop()
-            ended.cancel()
-            others.cancel()
-            error, _ = await asyncio.gather(ended, others, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            error, *_ = await asyncio.gather(*tasks, return_exceptions=True)
         if not died:
             return
         # A kind whose definition was deleted ends its watch, and that alone is no reason to die.
@@ -104,6 +114,31 @@ class Informer:
                 await self._list()
                 due = loop.time() + self._settings.resync_seconds
 
+    async def _until_silent(self, kinds: frozenset[Kind]) -> None:
+        """Check the watches from time to time, until they owe something for too long."""
+        namespaces: Sequence[str | None] = self._settings.namespaces or [None]
+        places = [(kind, namespace) for kind in kinds for namespace in namespaces]
+        behind = 0
+        while behind < SILENT_CHECKS:
+            await asyncio.sleep(self._settings.watch_check_seconds)
+            is_behind = await self._is_behind(places)
+            behind = behind + 1 if is_behind else 0
+            self._behind(is_behind)
+        logger.warning("The watches are silent; they start anew")
+
+    async def _is_behind(self, places: Sequence[Place]) -> bool:
+        """Whether the watches have not told what there is to tell."""
+        try:
+            await self._freshness.check(places)
+        except Gone:
+            await self._list()
+        except ClusterError as error:
+            logger.warning("The watches could not be checked: %s", error)
+            # a server that answers lists and no watches is none that tells us anything
+            return await self._list()
+        await asyncio.sleep(IN_FLIGHT_SECONDS)
+        return self._freshness.is_behind
+
     async def _is_outdated(self) -> bool:
         try:
             return await self._resync.is_outdated()
@@ -118,6 +153,8 @@ class Informer:
         except ClusterError as error:
             logger.warning("The lists could not be read: %s", error)
             return False
+        for place, version in self._resync.versions.items():
+            self._freshness.listed(place, version)
         # Every job is looked at again, changed or not: whatever was missed is found here.
         for key in self._cache.jobs():
             self._news(key)
@@ -126,6 +163,8 @@ class Informer:
 
     def _seen(self, kind: Kind, event: str | None, body: Object) -> None:
         metrics.watch_events.labels(kind.plural).inc()
+        namespace = body["metadata"]["namespace"] if self._settings.namespaces else None
+        self._freshness.told((kind, namespace), body)
         change = self._cache.remove if event == "DELETED" else self._cache.put
         key = change(kind, body)
         if key is not None:

@@ -49,3 +49,8 @@ PODS = Kind("", "v1", "pods", "Pod")
 CLAIMS = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
 EVENTS = Kind("", "v1", "events", "Event")
 LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease")
+WORKLOADS = (
+    Kind("kueue.x-k8s.io", "v1beta2", "workloads", "Workload"),
+    Kind("kueue.x-k8s.io", "v1beta1", "workloads", "Workload"),
+)
+"""Kueue's, in the versions that it has served; they say the same where we read them."""

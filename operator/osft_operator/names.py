@@ -18,6 +18,9 @@ CATEGORY = "kubeflow"
 PYTORCH_JOB_API_VERSION = "kubeflow.org/v1"
 PYTORCH_JOB_KIND = "PyTorchJob"
 
+TRAINING_OPERATOR = "kubeflow.org/training-operator"
+"""The manager of a PyTorchJob whose pods are made in this cluster."""
+
 JOB_LABEL = f"{GROUP}/job"
 """Name of the OSFTJob, on everything that is made for it."""
 ATTEMPT_LABEL = f"{GROUP}/attempt"
@@ -33,6 +36,8 @@ RESERVED_LABELS = (
 
 KUEUE_LABEL_PREFIX = "kueue.x-k8s.io/"
 QUEUE_LABEL = KUEUE_LABEL_PREFIX + "queue-name"
+WORKLOAD_JOB_LABEL = KUEUE_LABEL_PREFIX + "job-uid"
+"""On a Workload: uid of the PyTorchJob it stands for."""
 WORKLOAD_PRIORITY_LABEL = KUEUE_LABEL_PREFIX + "priority-class"
 KUEUE_JOB_LABELS = (
     QUEUE_LABEL,

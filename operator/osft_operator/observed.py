@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from osft_operator import names
@@ -34,10 +34,20 @@ class Observed:
     """The claim for checkpoints: its own or the user's."""
     progress: Progress | None = None
     """What rank 0 answered last; not trusted."""
+    progress_pod: str | None = None
+    """Which pod that was, where it is known."""
+    progress_since: datetime.datetime | None = None
+    """Since when it has answered the same step, where that was noted."""
+    listening_seconds: float = float("inf")
+    """For how long the present pods have been asked."""
     pytorch_job_kind_present: bool = True
     """Whether the API server knows PyTorchJobs."""
     newest_event: str = ""
     """Text of the newest event about a PyTorchJob that has no pods."""
+    news: Mapping[str, str] = field(default_factory=dict)
+    """Text of the newest event by uid, of pods that do not start and of a claim that waits."""
+    workload: Object | None = None
+    """Kueue's Workload of a PyTorchJob that waits in a queue, where it can be read."""
 
     @property
     def name(self) -> str:
@@ -116,6 +126,12 @@ def is_deleting(body: Object) -> bool:
 def is_suspended(job: Object) -> bool:
     """Whether a PyTorchJob is told to have no pods."""
     return bool((job["spec"].get("runPolicy") or {}).get("suspend"))
+
+
+def managed_elsewhere(job: Object) -> str:
+    """Who manages a PyTorchJob whose pods are in another cluster; empty for one of this cluster."""
+    manager = (job["spec"].get("runPolicy") or {}).get("managedBy")
+    return "" if manager in (None, "", names.TRAINING_OPERATOR) else str(manager)
 
 
 def time_of(text: str) -> datetime.datetime:

@@ -1,7 +1,8 @@
-"""Gathers what one pass over an OSFTJob has to know, from the cache and two small questions.
+"""Gathers what one pass over an OSFTJob has to know, from the cache and a few small questions.
 
-Called by reconcile. The questions are for what no watch tells: a user's own claim, and the events
-about a PyTorchJob that gets no pods. Must never change anything, nor judge what it sees.
+Called by reconcile. The questions are for what no watch tells: a user's own claim, the events about
+what does not start, Kueue's Workload. They are asked for a job that does not run only. Must never
+change anything, nor judge what it sees.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.resolved import RenderSettings
 from osft_operator.settings import Settings
+from osft_operator.workloads import Workloads
 
 PODS_MISSING_SECONDS = 60.0
 """A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
+POD_LATE_SECONDS = 30.0
+"""So is a pod that has not started for so long."""
 
 
 class Observer:
@@ -40,6 +44,7 @@ class Observer:
         self._cache = cache
         self._poller = poller
         self._serves = serves
+        self._workloads = Workloads(cluster, wanted=settings.kueue)
 
     async def observe(self, key: Key, job: Object, now: datetime.datetime) -> Observed:
         """One job with everything that belongs to it, or is in its way.
@@ -49,22 +54,39 @@ class Observer:
         """
         pytorch_jobs = self._pytorch_jobs(key, job)
         pods = self._cache.children(PODS, key)
+        late = [pod for pod in pods if _is_late(pod, now)]
         newest = ""
         if pytorch_jobs and not pods:
             youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
             if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
                 uid = youngest["metadata"]["uid"]
                 newest = await newest_about(self._cluster, key.namespace, uid)
+        wanted = bool(late) or not _has_own(job, pytorch_jobs)
+        claim = await self._claim(key, job, wanted=wanted)
+        heard = self._poller.heard(key)
         return Observed(
             body=job,
             settings=self._render,
             pytorch_jobs=tuple(pytorch_jobs),
             pods=tuple(pods),
-            claim=await self._claim(key, job, wanted=not _has_own(job, pytorch_jobs)),
-            progress=self._poller.progress(key),
+            claim=claim,
+            progress=heard.progress,
+            progress_pod=heard.pod,
+            progress_since=heard.since,
+            listening_seconds=heard.listening_seconds,
             pytorch_job_kind_present=self._serves(PYTORCHJOBS),
             newest_event=newest,
+            news=await self._news(key, late, claim) if late and not _is_over(job) else {},
+            workload=await self._workloads.of(job, pytorch_jobs),
         )
+
+    async def _news(self, key: Key, late: Sequence[Object], claim: Object | None) -> dict[str, str]:
+        """The newest event about one pod that does not start, and about a claim that waits."""
+        asked = [late[0]]
+        if claim is not None and (claim.get("status") or {}).get("phase") == "Pending":
+            asked.append(claim)
+        uids = [body["metadata"]["uid"] for body in asked]
+        return {uid: await newest_about(self._cluster, key.namespace, uid) for uid in uids}
 
     def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
         """All that bear our label, and others' that have a name we would give."""
@@ -91,6 +113,11 @@ class Observer:
             return await self._cluster.get(CLAIMS, key.namespace, name)
         except NotFound:
             return None
+
+
+def _is_late(pod: Object, now: datetime.datetime) -> bool:
+    waits = (pod.get("status") or {}).get("phase") in (None, "", "Pending")
+    return waits and _age_seconds(pod, now) >= POD_LATE_SECONDS
 
 
 def _age_seconds(body: Object, now: datetime.datetime) -> float:

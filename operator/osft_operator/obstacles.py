@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from osft_operator import names
 from osft_operator.draft import Draft
-from osft_operator.observed import controller, is_deleting
+from osft_operator.observed import Object, controller, is_deleting
+from osft_operator.render import checkpoint_claim
 from osft_operator.resolved import Resolved
+from osft_operator.resources import quantity
 from osft_operator.spec import OSFTJob
 
 LONG_SECONDS = 30.0
@@ -46,11 +48,58 @@ def _claim_trouble(draft: Draft, job: OSFTJob, resolved: Resolved) -> tuple[str,
     if job.spec.storage.checkpoints.claim_name is not None:
         if claim is None:
             return "ClaimNotFound", f"claim {name} does not exist: create it"
-        return None
+        if is_deleting(claim):
+            return "ClaimTerminating", f"claim {name} is being deleted: create it anew"
+        return _not_shared(claim, resolved)
     if claim is None:
         return None
     if is_deleting(claim):
         return "ClaimTerminating", f"claim {name} of an earlier OSFTJob is being deleted"
+    return _not_ours(draft, job, claim) or _differs(job, resolved, claim)
+
+
+def _not_shared(claim: Object, resolved: Resolved) -> tuple[str, str] | None:
+    """A claim that only one node can mount, for several."""
+    modes = _modes(claim)
+    if resolved.nnodes == 1 or not modes or "ReadWriteMany" in modes:
+        return None
+    return "ClaimNotShared", (
+        f"claim {claim['metadata']['name']} is {', '.join(modes)}, but {resolved.nnodes} nodes "
+        "write to it: use one that is ReadWriteMany, or spec.nnodes: 1"
+    )
+
+
+def _differs(job: OSFTJob, resolved: Resolved, claim: Object) -> tuple[str, str] | None:
+    """A claim that an earlier OSFTJob of this name left, and that is not what is asked for now."""
+    wanted = checkpoint_claim(job, resolved)
+    name = claim["metadata"]["name"]
+    requests = ((claim.get("spec") or {}).get("resources") or {}).get("requests") or {}
+    size, asked = requests.get("storage"), job.spec.storage.checkpoints.size
+    if wanted is None or not requests or not _modes(claim):
+        return None
+    lacking = [mode for mode in wanted["spec"]["accessModes"] if mode not in _modes(claim)]
+    if lacking:
+        return "ClaimDiffers", (
+            f"claim {name}, left by an earlier OSFTJob, is {', '.join(_modes(claim))} and not "
+            f"{', '.join(lacking)}: delete the claim (its checkpoints go with it), or give this "
+            "job another name"
+        )
+    # a larger one is as good: somebody has grown it
+    if size is not None and asked is not None and quantity(size) < quantity(asked):
+        return "ClaimDiffers", (
+            f"claim {name}, left by an earlier OSFTJob, has {size}, and spec.storage.checkpoints."
+            f"size asks for {asked}: grow the claim, ask for {size}, delete the claim (its "
+            "checkpoints go with it), or give this job another name"
+        )
+    return None
+
+
+def _modes(claim: Object) -> list[str]:
+    return list((claim.get("spec") or {}).get("accessModes") or [])
+
+
+def _not_ours(draft: Draft, job: OSFTJob, claim: Object) -> tuple[str, str] | None:
+    name = claim["metadata"]["name"]
     owner = controller(claim)
     label = (claim["metadata"].get("labels") or {}).get(names.JOB_LABEL)
     if owner and owner.get("uid") != draft.observed.uid:

@@ -10,9 +10,12 @@ comes with its termination message.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import ipaddress
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
@@ -30,19 +33,45 @@ PATH = "/progress"
 MILESTONE_PERCENT = 5
 """Every so many per cent the status is written without waiting."""
 
+FRESH_SECONDS = 1.0
+"""Shortest time between two looks for pods that were not asked yet."""
+
 News = Callable[[Key, bool], None]
 """Takes the job and whether a milestone was passed."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known from a job's rank 0."""
+
+    progress: Progress | None
+    """Its last answer; None when there is none from the present pods."""
+    pod: str | None
+    """Which pod gave it."""
+    since: datetime.datetime | None
+    """When the step, phase or checkpoint of that answer was heard first."""
+    listening_seconds: float
+    """For how long the present pods have been asked."""
+
+
+NOTHING = Heard(None, None, None, 0.0)
 
 
 class Poller:
     """The pods to ask, and their last answers."""
 
-    def __init__(self, settings: Settings, news: News) -> None:
+    def __init__(
+        self, settings: Settings, news: News, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._interval = settings.progress_poll_seconds
         self._places = asyncio.Semaphore(settings.progress_concurrency)
         self._news = news
         self._targets: dict[Key, tuple[PollTarget, ...]] = {}
         self._answers: dict[Key, dict[PollTarget, Progress]] = {}
+        self._since: dict[Key, datetime.datetime] = {}
+        self._began: dict[Key, float] = {}
+        self._clock = clock
+        self._new = asyncio.Event()
         self._session = aiohttp.ClientSession(
             trust_env=False,
             auto_decompress=False,
@@ -59,27 +88,65 @@ class Poller:
         await self._session.close()
 
     def watch(self, key: Key, targets: Sequence[PollTarget]) -> None:
-        """Ask these pods of a job from now on, and no others."""
+        """Ask these pods of a job from now on, and no others. New ones are asked at once."""
         if not targets:
-            self._targets.pop(key, None)
-            self._answers.pop(key, None)
+            for kept in (self._targets, self._answers, self._since, self._began):
+                kept.pop(key, None)
             return
+        if set(targets) - set(self._targets.get(key, ())):
+            self._began[key] = self._clock()
+            self._new.set()
         self._targets[key] = tuple(targets)
         answers = self._answers.get(key, {})
         self._answers[key] = {pod: answers[pod] for pod in targets if pod in answers}
 
+    def __len__(self) -> int:
+        """Jobs whose pods are asked."""
+        return len(self._targets)
+
+    def heard(self, key: Key) -> Heard:
+        """What is known from a job's rank 0."""
+        if key not in self._targets:
+            return NOTHING
+        listening = self._clock() - self._began[key]
+        for pod, answer in self._answers[key].items():
+            if answer.global_rank == 0:
+                return Heard(answer, pod.pod, self._since.get(key), listening)
+        return Heard(None, None, None, listening)
+
     def progress(self, key: Key) -> Progress | None:
         """The last answer of a job's rank 0; None when there is none from the present pods."""
-        answers = self._answers.get(key, {}).values()
-        return next((answer for answer in answers if answer.global_rank == 0), None)
+        return self.heard(key).progress
 
     async def run(self) -> None:
         """Ask every pod again and again, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             started = loop.time()
+            self._new.clear()
             await self.ask_all()
-            await asyncio.sleep(max(0.05, self._interval - (loop.time() - started)))
+            pause = max(0.05, self._interval - (loop.time() - started))
+            await self._ask_new_ones(loop.time() + pause)
+
+    async def _ask_new_ones(self, until: float) -> None:
+        """Until the next round, ask those that were not asked yet: they are news."""
+        loop = asyncio.get_running_loop()
+        while (left := until - loop.time()) > 0:
+            try:
+                await asyncio.wait_for(self._new.wait(), left)
+            except TimeoutError:
+                return
+            self._new.clear()
+            answered = self._answers
+            fresh = [
+                (key, pod)
+                for key, pods in self._targets.items()
+                for pod in pods
+                if pod not in answered.get(key, {})
+            ]
+            await asyncio.gather(*(self._ask(key, pod) for key, pod in fresh))
+            # not more often than this, however many jobs start
+            await asyncio.sleep(min(FRESH_SECONDS, max(0.0, until - loop.time())))
 
     async def ask_all(self) -> None:
         """Ask every pod once."""
@@ -94,6 +161,8 @@ class Poller:
             return
         last = self._answers[key].get(pod)
         self._answers[key][pod] = answer
+        if answer.global_rank == 0 and (last is None or _place(last) != _place(answer)):
+            self._since[key] = datetime.datetime.now(datetime.UTC)
         same = (
             last is not None
             and answer.model_copy(update={"last_updated_time": last.last_updated_time}) == last
@@ -115,6 +184,11 @@ class Poller:
             logger.debug("%s does not answer: %r", pod.pod, error)
             return None
         return Progress.parse(raw) if raw is not None else None
+
+
+def _place(progress: Progress) -> tuple[object, ...]:
+    """What tells that a run comes forward."""
+    return progress.attempt, progress.step, progress.phase, progress.latest_checkpoint
 
 
 async def _bounded(content: aiohttp.StreamReader) -> bytes | None:

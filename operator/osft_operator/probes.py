@@ -29,15 +29,23 @@ class Health:
         self._settings = settings
         self._clock = clock
         self._beat = clock()
-        self._oldest = 0.0
+        self._stalled = 0.0
+        self._behind_since: float | None = None
         self._resync: float | None = None
         self.ready = False
         """Whether this replica can do its part: a standby at once, a worker once it has synced."""
 
-    def beat(self, oldest_seconds: float) -> None:
-        """The event loop runs, and the key that waits longest has waited so long."""
+    def beat(self, stalled_seconds: float) -> None:
+        """The event loop runs, and for so long OSFTJobs are due and none is taken up."""
         self._beat = self._clock()
-        self._oldest = oldest_seconds
+        self._stalled = stalled_seconds
+
+    def heard(self, behind: bool) -> None:
+        """Whether the watches still owe something that the API server told otherwise."""
+        if not behind:
+            self._behind_since = None
+        elif self._behind_since is None:
+            self._behind_since = self._clock()
 
     def resynced(self) -> None:
         """A resync ended; from the first one on, they must go on."""
@@ -50,20 +58,24 @@ class Health:
         silent = now - self._beat
         if silent > self._settings.loop_stall_seconds:
             found.append(f"the event loop stands still for {silent:.0f} s")
-        if self._oldest > self._settings.queue_stall_seconds:
-            found.append(f"an OSFTJob waits for {self._oldest:.0f} s")
+        if self._stalled > self._settings.queue_stall_seconds:
+            found.append(f"OSFTJobs are due, and none was taken up for {self._stalled:.0f} s")
+        if self._behind_since is not None:
+            behind = now - self._behind_since
+            if behind > self._settings.watch_stall_seconds:
+                found.append(f"the watches have been behind the API server for {behind:.0f} s")
         longest = RESYNCS_MISSED * self._settings.resync_seconds
         if self._resync is not None and now - self._resync > longest:
             found.append(f"the last resync ended {now - self._resync:.0f} s ago")
         return found
 
-    async def keep_beating(self, oldest_seconds: Callable[[], float]) -> None:
+    async def keep_beating(self, stalled_seconds: Callable[[], float]) -> None:
         """Beat until cancelled."""
         while True:
             before = self._clock()
             await asyncio.sleep(BEAT_SECONDS)
             metrics.loop_lag.set(max(0.0, self._clock() - before - BEAT_SECONDS))
-            self.beat(oldest_seconds())
+            self.beat(stalled_seconds())
 
 
 def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], None]]:

@@ -52,6 +52,7 @@ class WorkQueue:
         self._due: dict[Key, float] = {}
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
+        self._taken = clock()
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -80,8 +81,13 @@ class WorkQueue:
         heapq.heappush(self._delayed, (due, key))
         self._changed.set()
 
-    def retry(self, key: Key, *, at_least: float = 0.0) -> float:
+    def retry(self, key: Key, *, at_least: float = 0.0, at_most: float = float("inf")) -> float:
         """Let a failed key come again, later with every failure.
+
+        Args:
+            key: what failed.
+            at_least: shortest wait in seconds; wins over `at_most`.
+            at_most: longest wait in seconds, where the queue's own is longer.
 
         Returns:
             The wait in seconds.
@@ -89,7 +95,7 @@ class WorkQueue:
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         # 2**30 seconds are beyond any maximum; more doublings would overflow at last.
-        longest = min(self._backoff_max, self._backoff_initial * 2.0 ** min(failures, 30))
+        longest = min(at_most, self._backoff_max, self._backoff_initial * 2.0 ** min(failures, 30))
         # Half of the wait is chance, so that keys that failed together do not come together.
         wait = max(at_least, longest * (0.5 + 0.5 * self._chance()))
         metrics.queue_retries.labels(metrics.CONTROLLER).inc()
@@ -121,6 +127,10 @@ class WorkQueue:
         times = [time for keys in self._waiting.values() for time in keys.values()]
         return self._clock() - min(times) if times else 0.0
 
+    def stalled_seconds(self) -> float:
+        """For how long keys are due and none is taken; a long queue that moves is none."""
+        return min(self.oldest_seconds(), self._clock() - self._taken)
+
     def _move_due(self) -> None:
         while self._delayed and self._delayed[0][0] <= self._clock():
             due, key = heapq.heappop(self._delayed)
@@ -133,6 +143,7 @@ class WorkQueue:
         if keys:
             self._waiting[namespace] = keys
         self._working.add(key)
+        self._taken = self._clock()
         metrics.queue_depth.labels(metrics.CONTROLLER).set(len(self))
         metrics.queue_seconds.labels(metrics.CONTROLLER).observe(self._clock() - since)
         return key

@@ -12,6 +12,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from osft_operator import job_metrics, metrics, transitions
 from osft_operator.actions import (
@@ -24,8 +25,9 @@ from osft_operator.actions import (
     Event,
     SuspendPyTorchJob,
 )
+from osft_operator.budget import Budget
 from osft_operator.cache import Cache
-from osft_operator.cluster import AlreadyExists, Cluster, NotFound, Refused
+from osft_operator.cluster import AlreadyExists, Cluster, KindMissing, NotFound, Refused
 from osft_operator.decide import decide, refused
 from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
@@ -37,6 +39,10 @@ from osft_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+WRITES_PER_SECOND = 20.0
+"""Status writes of all jobs together that tell nothing but how far a run is."""
+QUIET = ("progress", "countedPods")
+"""Parts of the status that can wait; a condition's words can, too."""
 REFUSED_SECONDS = 300.0
 """Wait after the API server refused something: only a person can change that, or a quota."""
 KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)
@@ -70,6 +76,7 @@ class Reconciler:
         self._clock = clock
         self._written: dict[Key, float] = {}
         self._milestones: set[Key] = set()
+        self._budget = Budget(WRITES_PER_SECOND, clock)
 
     def progressed(self, key: Key, milestone: bool) -> float:
         """A pod told something new.
@@ -107,7 +114,17 @@ class Reconciler:
             return LOOK_AGAIN_SECONDS
         except Refused as error:
             decision = _refusal(decision, job, str(error), now)
-        wait = await self._write(key, job, decision)
+        if any(isinstance(action, DeleteOSFTJob) for action in decision.actions):
+            self._forget(key)
+            return None
+        try:
+            wait = await self._write(key, job, decision)
+        except KindMissing:
+            raise
+        except NotFound:
+            # deleted meanwhile; the watches tell so
+            self._forget(key)
+            return None
         self._poller.watch(key, decision.poll)
         # What our own writes put in the cache is no news to the watches any more.
         again = 0.0 if any(isinstance(action, KEPT) for action in decision.actions) else None
@@ -155,9 +172,10 @@ class Reconciler:
         """
         recorded, status = job.get("status") or {}, decision.status
         change = merge_patch(recorded, status)
-        if change and change.keys() <= {"progress"} and not decision.events:
-            wait = self._until_write(key)
-            if wait > 0 and key not in self._milestones:
+        if change and not decision.events and says_little(recorded, status):
+            wait = self._until_write(key) if key not in self._milestones else 0.0
+            wait = wait or self._budget.take()
+            if wait > 0:
                 return wait
         if change:
             version = job["metadata"]["resourceVersion"]
@@ -174,7 +192,8 @@ class Reconciler:
 
     def _until_write(self, key: Key) -> float:
         last = self._written.get(key, float("-inf"))
-        return max(0.0, last + self._write_seconds - self._clock())
+        interval = max(self._write_seconds, len(self._poller) / WRITES_PER_SECOND)
+        return max(0.0, last + interval - self._clock())
 
     def _forget(self, key: Key) -> None:
         self._poller.watch(key, ())
@@ -182,9 +201,25 @@ class Reconciler:
         self._milestones.discard(key)
 
 
+def says_little(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two statuses differ in nothing that somebody waits for."""
+    return _loud(old) == _loud(new)
+
+
+def _loud(status: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in status.items() if name not in QUIET}
+    kept["conditions"] = [
+        {name: value for name, value in condition.items() if name != "message"}
+        for condition in status.get("conditions") or []
+    ]
+    return kept
+
+
 def _refusal(decision: Decision, job: Object, message: str, now: datetime.datetime) -> Decision:
     """The decision after the API server refused one of its actions, told once."""
     status = refused(decision.status, message, now, job["metadata"]["generation"])
     is_news = bool(merge_patch(job.get("status") or {}, status))
     events = (Event("Warning", "Refused", message),) if is_news else ()
-    return Decision(status, events=events, requeue_after=REFUSED_SECONDS)
+    # a deadline comes on time also for a job whose pods are refused
+    appointed = decision.requeue_after or REFUSED_SECONDS
+    return Decision(status, events=events, requeue_after=min(REFUSED_SECONDS, appointed))

@@ -18,6 +18,9 @@ from osft_operator.queue import Key
 
 logger = logging.getLogger(__name__)
 
+Place = tuple[Kind, str | None]
+"""What one list or watch covers: a kind, in a namespace or everywhere."""
+
 
 class Resync:
     """The kinds that exist, and lists of them."""
@@ -27,6 +30,8 @@ class Resync:
         self._cache = cache
         self._namespaces: Sequence[str | None] = namespaces or [None]
         self._synced: frozenset[Kind] = frozenset()
+        self.versions: dict[Place, str] = {}
+        """resourceVersion of the last list, by kind and namespace."""
 
     @property
     def present(self) -> frozenset[Kind]:
@@ -72,5 +77,6 @@ class Resync:
                 listing = await self._cluster.list_all(kind, namespace, labels=selector(kind))
             except KindMissing:
                 return None
+            self.versions[kind, namespace] = listing.version
             changed |= self._cache.replace(kind, namespace, listing.items, listing.version)
         return changed

@@ -36,6 +36,9 @@ FINISH_SECONDS = 10.0
 """Passes under way get so long to end before the process does."""
 SAY_SECONDS = 3.0
 """Events that wait get so long to be written before the process ends."""
+AWAY_SECONDS = 15.0
+"""Longest wait between tries while the API server does not answer: soon after it is back, all jobs
+have been looked at."""
 COUNT_SECONDS = 15.0
 """How often the gauges of all jobs are set."""
 
@@ -54,7 +57,12 @@ class Service:
             backoff_max_seconds=settings.backoff_max_seconds,
         )
         self._informer = Informer(
-            settings, cluster, self._cache, news=self._queue.add, resynced=self._health.resynced
+            settings,
+            cluster,
+            self._cache,
+            news=self._queue.add,
+            resynced=self._health.resynced,
+            behind=self._health.heard,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: set[asyncio.Task[None]] = set()
@@ -107,7 +115,7 @@ class Service:
             self.ports["metrics"] = port
             self._measure_passes()
             logger.info("Serving", extra={"ports": dict(self.ports)})
-            self._start(self._health.keep_beating(self._queue.oldest_seconds))
+            self._start(self._health.keep_beating(self._queue.stalled_seconds))
             yield
         finally:
             await self._cancel(self._tasks)
@@ -223,8 +231,10 @@ class Service:
     def _failed(self, key: Key, error: Exception) -> None:
         """Try again later. A bug that one job brings out must not stop the others."""
         metrics.reconcile_errors.labels(metrics.CONTROLLER).inc()
-        at_least = error.retry_after or 0.0 if isinstance(error, Unavailable) else 0.0
-        wait = self._queue.retry(key, at_least=at_least)
+        at_least, at_most = 0.0, float("inf")
+        if isinstance(error, Unavailable):
+            at_least, at_most = error.retry_after or 0.0, AWAY_SECONDS
+        wait = self._queue.retry(key, at_least=at_least, at_most=at_most)
         about = {"wait_seconds": round(wait, 1)}
         if isinstance(error, Conflict):
             logger.debug("Changed meanwhile, again soon: %s", error, extra=about)

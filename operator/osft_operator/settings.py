@@ -74,6 +74,10 @@ class Settings(Allowed):
     """How often everything is listed anew and compared with what was seen."""
     kind_check_seconds: Seconds = 30
     """How often it is looked whether a kind (PyTorchJob) has come or gone."""
+    watch_check_seconds: Seconds = 20
+    """How often it is looked whether the watches tell everything."""
+    kueue: bool = False
+    """Whether to read Kueue's Workloads, to say why a job waits in its queue."""
 
     progress_poll_seconds: Seconds = 10
     """How often a running job is asked for its progress."""
@@ -94,8 +98,10 @@ class Settings(Allowed):
     """Whether /metrics tells each job's progress, loss and speed, labelled with its name."""
     loop_stall_seconds: Seconds = 30
     """Liveness fails when the event loop stood still for so long."""
-    queue_stall_seconds: Seconds = 600
-    """Liveness fails when an OSFTJob that is due has waited for so long."""
+    queue_stall_seconds: Seconds = 90
+    """Liveness fails when OSFTJobs are due and none was taken up for so long."""
+    watch_stall_seconds: Seconds = 75
+    """Liveness fails when the watches have been behind the API server for so long."""
 
     log_format: Literal["json", "text"] = "json"
     """One JSON object a line, or plain text for people."""

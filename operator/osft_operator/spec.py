@@ -32,10 +32,10 @@ from osft_operator.spec_pod import (
     Variable,
     VariableSource,
 )
+from osft_operator.spec_run import Rendezvous, Stall
 from osft_operator.spec_storage import Storage
 from osft_trainer.arguments import explain
 from osft_trainer.config import TrainingParameters
-from osft_trainer.report import METRICS_PORT
 
 LabelValue = Annotated[str, Field(min_length=1, max_length=63, pattern=LABEL_VALUE_PATTERN)]
 Node = Annotated[int, Field(ge=1, le=names.MAX_NODES)]
@@ -49,23 +49,6 @@ class JobTraining(JobPart, TrainingParameters):
     ]
     """Folder of the run: checkpoints, metrics and the final model. A folder below
     storage.checkpoints.mountPath. Absent: that path and the OSFTJob's name."""
-
-
-class Rendezvous(JobPart):
-    """How the processes of all nodes find each other."""
-
-    backend: Literal["static", "c10d"] = "static"
-    """static: ranks follow the pods' numbers. c10d: the nodes agree on ranks among themselves."""
-    port: int = Field(default=23456, ge=1024, le=65535)
-    """Port of the first node's store."""
-    timeout_seconds: int = Field(default=600, ge=10, le=86400)
-    """How long a node waits for the others, in seconds."""
-
-    @model_validator(mode="after")
-    def _check_port(self) -> Self:
-        if self.port == METRICS_PORT:
-            raise ValueError(f"port {self.port} is the one of /metrics: choose another")
-        return self
 
 
 class JobSpec(JobPart):
@@ -115,17 +98,29 @@ class JobSpec(JobPart):
     """Stop the pods after saving, and go on when set to false again."""
 
     max_restarts: int = Field(default=3, ge=0, le=99)
-    """Failures after which the run starts again, from its newest checkpoint. Bad input and
-    divergence are never retried."""
+    """Failures after which the run starts again, from its newest checkpoint: failed containers,
+    evicted or lost pods, failed attempts. Bad input and divergence are never retried."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=31_536_000)
     """Longest time the job may be active, in seconds, from status.startTime, anew when it is
     resumed. Absent: no limit."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=31_536_000)
     """Delete the OSFTJob so many seconds after it finished. Absent: it stays."""
+    stall: Stall | None = None
+    """Notice a run that stands still. Absent: it may stand still for ever."""
     on_existing_run: Literal["resume", "restart", "error"] = "resume"
     """What to do with another run's results in ckptOutputDir. resume: continue if data, arguments
     and model are the same, else fail. restart: move them to previous-N/. error: fail. Fixed once
     started."""
+
+    @model_validator(mode="after")
+    def _check_sharing(self) -> Self:
+        modes = self.storage.checkpoints.access_modes
+        if self.nnodes > 1 and modes is not None and "ReadWriteMany" not in modes:
+            raise ValueError(
+                f"storage.checkpoints.accessModes is {', '.join(modes)}, but with nnodes > 1 all "
+                "nodes write to it: add ReadWriteMany, or remove accessModes"
+            )
+        return self
 
 
 class Metadata(BaseModel):

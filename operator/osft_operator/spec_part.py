@@ -45,7 +45,9 @@ SubPath = Annotated[str, Field(min_length=1, max_length=512)]
 ResourceQuantity = Annotated[
     Quantity,
     BeforeValidator(_as_text),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "maxLength": 32}),
+    WithJsonSchema(
+        {"x-kubernetes-int-or-string": True, "maxLength": 32, "pattern": QUANTITY_PATTERN}
+    ),
 ]
 KeyName = Annotated[str, Field(min_length=1, max_length=253, pattern=KEY_PATTERN)]
 

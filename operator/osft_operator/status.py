@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from osft_operator import failure
+from osft_operator import failure, restarts
 from osft_operator.observed import Object, Observed, find_condition, text_of
 from osft_operator.status_model import (
     CheckpointStatus,
@@ -24,7 +24,7 @@ from osft_trainer.report import Progress, Retention, duration, percentage, summa
 
 Status = dict[str, Any]
 
-CONDITIONS = ("Accepted", "Running", "Suspended", "Complete", "Failed")
+CONDITIONS = ("Accepted", "Running", "Suspended", "Stalled", "Complete", "Failed")
 """All of them, in the order they are shown; each is set from the first pass on."""
 MAX_CONDITION_MESSAGE = 4096
 LARGEST_NUMBER = 1e300
@@ -45,15 +45,15 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
         return status
     pods = observed.pods_of(current)
     status["pyTorchJobUID"] = current["metadata"].get("uid", "")
-    before = status.get("restartsBeforeAttempt", 0)
     if find_condition(status, "Failed")["status"] != "True":
         # later ends come from our own deletion
-        status["restarts"] = max(status["restarts"], before + failure.restart_count(pods))
+        nodes = status.get("resolved", {}).get("nnodes", 1)
+        restarts.count(status, current, pods, nodes)
         if (ended := failure.cause(pods)) is not None:
             status["failure"] = ended.to_status()
     for progress in (observed.progress, failure.last_progress(pods)):
         if progress is not None and _is_news(progress, observed, status):
-            status["progress"] = _progress(progress)
+            status["progress"] = _progress(progress, observed, status, now)
             status["checkpoint"] = _checkpoint(progress)
             if progress.retention is not None:
                 status["retention"] = _retention(progress.retention)
@@ -102,7 +102,8 @@ def phase(status: Object) -> tuple[str, str]:
         return ("Queued" if suspended["reason"] == "Queued" else "Suspended"), suspended["reason"]
     running, accepted = by_type["Running"], by_type["Accepted"]
     if running.get("status") == "True":
-        return "Running", running["reason"]
+        stalled = by_type["Stalled"]
+        return "Running", (stalled if stalled.get("status") == "True" else running)["reason"]
     if accepted.get("status") == "False":
         return "Pending", accepted.get("reason", "")
     if running.get("reason") == "Restarting":
@@ -126,7 +127,9 @@ def _is_news(progress: Progress, observed: Observed, status: Status) -> bool:
     return (progress.last_updated_time or "") >= before
 
 
-def _progress(progress: Progress) -> Status:
+def _progress(
+    progress: Progress, observed: Observed, status: Status, now: datetime.datetime
+) -> Status:
     eta = progress.estimated_remaining_seconds
     metrics: Sequence[NamedValue] = [
         NamedValue(name=failure.clean(each.name, 64), value=failure.clean(each.value, 64))
@@ -145,6 +148,10 @@ def _progress(progress: Progress) -> Status:
         tokens_per_second=_rounded(progress.tokens_per_second, 3),
         estimated_remaining_seconds=eta,
         last_updated_time=_text(progress.last_updated_time, 32),
+        attempt=max(1, progress.attempt),
+        pod=observed.progress_pod if progress is observed.progress else _recorded_pod(status),
+        phase=_text(progress.phase, 32),
+        advanced_time=_advanced(progress, observed, status, now),
         metrics=list(metrics) or None,
     ).model_dump(by_alias=True, exclude_none=True)
 
@@ -158,6 +165,26 @@ def _retention(kept: Retention) -> Status:
         change=_rounded(kept.change, 3),
         summary=f"{before:.4g} -> {after:.4g}" if known else f"{before:.4g}",
     ).model_dump(by_alias=True, exclude_none=True)
+
+
+def _recorded_pod(status: Status) -> str | None:
+    pod: str | None = status.get("progress", {}).get("pod")
+    return pod
+
+
+def _advanced(
+    progress: Progress, observed: Observed, status: Status, now: datetime.datetime
+) -> str:
+    """When the run last came forward, as far as it was seen."""
+    known = status.get("progress", {})
+    place = (known.get("attempt"), known.get("step"), known.get("phase"))
+    newest = status.get("checkpoint", {}).get("latest")
+    here = (max(1, progress.attempt), progress.step, _text(progress.phase, 32))
+    same = place == here and newest == _text(progress.latest_checkpoint, 1024)
+    if same and "advancedTime" in known:
+        return str(known["advancedTime"])
+    seen = observed.progress_since if progress is observed.progress else None
+    return text_of(seen or now)
 
 
 def _checkpoint(progress: Progress) -> Status:

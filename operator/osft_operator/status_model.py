@@ -47,7 +47,7 @@ class Condition(Part):
     """One statement about the job, with the time it last changed."""
 
     type: Annotated[str, Field(max_length=64)]
-    """Accepted, Running, Suspended, Complete or Failed."""
+    """Accepted, Running, Suspended, Stalled, Complete or Failed."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     reason: Reason
@@ -96,6 +96,14 @@ class ProgressStatus(Part):
     """Time left at the current speed, in seconds."""
     last_updated_time: Annotated[str, Field(max_length=32)] | None = None
     """When the trainer said so."""
+    attempt: int | None = Field(default=None, ge=1)
+    """Which attempt said so."""
+    pod: Annotated[str, Field(max_length=253)] | None = None
+    """Pod of rank 0, whose log is the one to read."""
+    phase: Annotated[str, Field(max_length=32)] | None = None
+    """What the trainer is at: Starting, Preparing, Training, Saving or Done."""
+    advanced_time: Time | None = None
+    """When step, phase or checkpoint last changed; spec.stall counts from here."""
     metrics: Annotated[list[NamedValue], Field(max_length=16)] | None = None
     """Further numbers."""
 
@@ -139,6 +147,19 @@ class FailureStatus(Part):
     """Its last words."""
 
 
+class CountedPods(Part):
+    """Which pods of the attempt the number of restarts was counted on."""
+
+    newest: Time
+    """When the newest of them was made; a pod made later replaces one that was lost."""
+    replaced_after: Time | None = None
+    """Pods made after this time replace others."""
+    restarts_of_replaced: int | None = Field(default=None, ge=0)
+    """Restarts of the attempt until those were made, which their own come on top of."""
+    restarts_of_others: int | None = Field(default=None, ge=0)
+    """Restarts that the pods which were not replaced had told of by then."""
+
+
 class JobStatus(Part):
     """What the operator has seen and done. Written by the operator only."""
 
@@ -147,7 +168,7 @@ class JobStatus(Part):
     reason: Reason | None = None
     """Why the job is in this phase."""
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
-    """Accepted, Running, Suspended, Complete, Failed. Wait for Complete or Failed."""
+    """Accepted, Running, Suspended, Stalled, Complete, Failed. Wait for Complete or Failed."""
     observed_generation: int | None = None
     """Generation of the spec that this status is about."""
     start_time: Time | None = None
@@ -157,9 +178,13 @@ class JobStatus(Part):
     attempt: int | None = Field(default=None, ge=1)
     """Number of the PyTorchJob that is made or was made last."""
     restarts: int | None = Field(default=None, ge=0)
-    """Failures after which the run started again."""
+    """Failures after which the run started again: a container, a lost pod, or all of it."""
     restarts_before_attempt: int | None = Field(default=None, ge=0)
     """That number when this attempt began."""
+    counted_pods: CountedPods | None = None
+    """Which pods of the attempt that number was counted on."""
+    next_attempt_time: Time | None = None
+    """The recorded attempt is not made before this time: a wait after failures."""
     py_torch_job_name: Annotated[str, Field(max_length=63)] | None = Field(
         default=None, alias="pyTorchJobName"
     )

@@ -7,13 +7,12 @@ it is recorded.
 
 from __future__ import annotations
 
-from osft_operator import endings, failure, names
+from osft_operator import attempts, endings, failure, gang, kueue, stall
 from osft_operator.actions import (
     CreateClaim,
     CreatePyTorchJob,
     DeletePyTorchJob,
     Event,
-    PollTarget,
     SuspendPyTorchJob,
 )
 from osft_operator.draft import Draft
@@ -28,11 +27,11 @@ from osft_operator.observed import (
 from osft_operator.obstacles import LONG_SECONDS, in_the_way
 from osft_operator.render import checkpoint_claim, pytorch_job
 from osft_operator.resolved import Resolved, resolve
+from osft_operator.restarts import beyond_budget
 from osft_operator.spec import OSFTJob
-from osft_trainer.report import METRICS_PORT
 
-PODS_MISSING_SECONDS = 60.0
-"""After so long without pods, something is wrong."""
+QUEUE_SECONDS = 300.0
+"""Longest wait between two looks at what Kueue says."""
 SHORT_SECONDS = 10.0
 """Until the next look at something that goes away by itself."""
 SUSPENDED_BY_USER = "SuspendRequested"
@@ -49,7 +48,7 @@ def begin(draft: Draft, job: OSFTJob) -> None:
         return
     draft.status["resolved"] = resolved.to_status()
     draft.status["startTime"] = draft.now_text
-    _record_attempt(draft, 1)
+    attempts.record(draft, 1)
     draft.condition("Running", "False", "Starting", "the PyTorchJob is being made")
 
 
@@ -61,11 +60,15 @@ def follow(draft: Draft, job: OSFTJob) -> None:
         resolved = resolve(job, draft.observed.settings)
         draft.status["resolved"] = resolved.to_status()
     name = draft.status["pyTorchJobName"]
+    current = draft.observed.job_named(name)
+    if current is None and not job.spec.suspend and _past_deadline(draft, job):
+        return
     if _earlier_attempts_remain(draft, name):
         return
-    current = draft.observed.job_named(name)
     if current is not None:
         _watch(draft, job, resolved, current)
+        if not endings.is_finished(draft.status):
+            stall.judge(draft, job)
     elif job.spec.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
         draft.condition("Running", "False", "Suspended")
@@ -73,24 +76,6 @@ def follow(draft: Draft, job: OSFTJob) -> None:
         _replace_missing(draft, job)
     else:
         _create(draft, job, resolved, name)
-
-
-def _record_attempt(draft: Draft, attempt: int) -> None:
-    draft.status["attempt"] = attempt
-    draft.status["pyTorchJobName"] = names.attempt_name(draft.observed.name, attempt)
-    draft.status["restartsBeforeAttempt"] = draft.status["restarts"]
-    draft.status.pop("pyTorchJobUID", None)
-    draft.look_again(0)
-
-
-def _next_attempt(draft: Draft, job: OSFTJob, why: str) -> bool:
-    """Record one more attempt that counts as a restart; False when none is left."""
-    if draft.status["restarts"] + 1 > job.spec.max_restarts:
-        return False
-    draft.status["restarts"] += 1
-    _record_attempt(draft, draft.status["attempt"] + 1)
-    draft.condition("Running", "False", "Restarting", why)
-    return True
 
 
 def _earlier_attempts_remain(draft: Draft, name: str) -> bool:
@@ -108,19 +93,19 @@ def _replace_missing(draft: Draft, job: OSFTJob) -> None:
     """The attempt's PyTorchJob was there and is gone: by us to suspend, or by somebody."""
     if draft.recorded("Suspended") == ("True", SUSPENDED_BY_USER):
         draft.condition("Suspended", "False", "Resumed")
-        _record_attempt(draft, draft.status["attempt"] + 1)
+        attempts.record(draft, draft.status["attempt"] + 1)
         draft.condition("Running", "False", "Starting", "the PyTorchJob is being made again")
         return
     name = draft.status["pyTorchJobName"]
     why = f"PyTorchJob {name} was deleted by somebody else"
-    if not _next_attempt(draft, job, why):
+    if not attempts.record_restart(draft, job, why):
         endings.fail(draft, "PyTorchJobDeleted", f"{why}, and no restart is left")
 
 
 def _create(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> None:
     if draft.recorded("Suspended")[0] == "True":
         draft.condition("Suspended", "False", "Resumed")
-    if in_the_way(draft, job, resolved, name):
+    if in_the_way(draft, job, resolved, name) or not attempts.wait_is_over(draft):
         return
     claim = checkpoint_claim(job, resolved)
     if claim is not None and draft.observed.claim is None:
@@ -139,22 +124,28 @@ def _watch(draft: Draft, job: OSFTJob, resolved: Resolved, current: Object) -> N
     ended = failure.cause(pods)
     if is_true(current, "Succeeded"):
         endings.complete(draft)
-    elif is_deleting(current):
-        draft.condition("Running", "False", "Waiting", "the PyTorchJob is being deleted")
-        if job.spec.suspend:
-            draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
     elif ended is not None and ended.is_final:
         endings.fail_by_pods(draft, pods)
+    elif is_deleting(current):
+        if not _past_deadline(draft, job):
+            _see_off(draft, job)
     elif is_true(current, "Failed"):
         condition = find_condition(current["status"], "Failed")
         why = ended.words() if ended else failure.clean(condition.get("message"))
-        if not _next_attempt(draft, job, why):
+        if not attempts.record_restart(draft, job, why):
             endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
-    elif draft.status["restarts"] > job.spec.max_restarts:
-        draft.status["restarts"] = job.spec.max_restarts
+    elif beyond_budget(draft.observed.status, draft.status, job.spec.max_restarts):
+        recorded = draft.observed.status.get("restarts", 0)
+        draft.status["restarts"] = max(recorded, job.spec.max_restarts)
         endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
     elif not _past_deadline(draft, job):
         _suspend_or_run(draft, job, resolved, current, pods)
+
+
+def _see_off(draft: Draft, job: OSFTJob) -> None:
+    draft.condition("Running", "False", "Waiting", "the PyTorchJob is being deleted")
+    if job.spec.suspend:
+        draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
 
 
 def _past_deadline(draft: Draft, job: OSFTJob) -> bool:
@@ -191,57 +182,14 @@ def _suspend_or_run(
     elif suspended and recorded == ("True", SUSPENDED_BY_USER) and job.queue_name is None:
         draft.do(SuspendPyTorchJob(metadata["name"], metadata.get("uid", ""), False))
     elif suspended:
-        queue = f"queue {job.queue_name}" if job.queue_name else "whoever suspended the PyTorchJob"
-        draft.condition("Suspended", "True", "Queued", f"waits for {queue}")
+        words = kueue.words(job.queue_name, draft.observed.workload)
+        draft.condition("Suspended", "True", "Queued", words)
         draft.condition("Running", "False", "Waiting")
+        # nothing is heard of Workloads, so they are read; less often the longer it takes
+        since = find_condition(draft.status, "Suspended")["lastTransitionTime"]
+        draft.look_again(min(max(LONG_SECONDS, draft.seconds_since(since) / 4), QUEUE_SECONDS))
     else:
         reason = "Resumed" if recorded[0] == "True" else "NotSuspended"
         if recorded != ("False", "Resumed"):
             draft.condition("Suspended", "False", reason)
-        _look_at_pods(draft, job, resolved, current, pods)
-
-
-def _look_at_pods(
-    draft: Draft, job: OSFTJob, resolved: Resolved, current: Object, pods: list[Object]
-) -> None:
-    """Whether all pods run, and if not, why."""
-    running, nodes = failure.running_count(pods), resolved.nnodes
-    count = f"{running} of {nodes} pods run"
-    if running >= nodes:
-        draft.condition("Running", "True", "PodsRunning", count)
-    elif (trouble := failure.waiting(pods)) is not None:
-        draft.condition("Running", "False", *trouble)
-    elif failure.is_restarting(pods) or is_true(current, "Restarting"):
-        ended = failure.cause(pods)
-        draft.condition("Running", "False", "Restarting", ended.words() if ended else count)
-    elif not pods:
-        _without_pods(draft, current)
-    elif draft.recorded("Running")[1] != "Restarting":
-        draft.condition("Running", "False", "PodsStarting", count)
-    draft.poll = _poll_targets(job, pods)
-
-
-def _without_pods(draft: Draft, current: Object) -> None:
-    made = current["metadata"].get("creationTimestamp", draft.now_text)
-    left = PODS_MISSING_SECONDS - draft.seconds_since(made)
-    if left > 0:
-        draft.look_again(left)
-        draft.condition("Running", "False", "PodsStarting", "no pod has been made yet")
-        return
-    event = failure.clean(draft.observed.newest_event) or (
-        "nothing is known about why; is the training-operator running?"
-    )
-    draft.condition("Running", "False", "PodsNotCreated", event)
-    draft.look_again(LONG_SECONDS)
-
-
-def _poll_targets(job: OSFTJob, pods: list[Object]) -> tuple[PollTarget, ...]:
-    """Rank 0's pod; with c10d any pod may have it."""
-    found = []
-    for pod in pods:
-        status, labels = pod.get("status") or {}, pod["metadata"].get("labels") or {}
-        first = labels.get("training.kubeflow.org/job-role") == "master"
-        wanted = first or job.spec.rendezvous.backend == "c10d"
-        if wanted and status.get("phase") == "Running" and status.get("podIP"):
-            found.append(PollTarget(pod["metadata"]["name"], status["podIP"], METRICS_PORT))
-    return tuple(found)
+        gang.look(draft, job, resolved, current, pods)

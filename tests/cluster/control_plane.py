@@ -9,6 +9,7 @@ kubeconfig. Everything runs on loopback, in one temporary folder, and ends with 
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,6 +104,20 @@ class ControlPlane:
     def stop(self) -> None:
         """End every process; the logs stay in the folder."""
         self._programs.stop()
+
+    def restart_servers(self) -> None:
+        """Kill every API server and start it anew; until it is ready nobody gets an answer."""
+        self._programs.restart("kube-apiserver")
+        self._programs.wait_until_ready(self.api, self.ca)
+        if self.binaries.joined:
+            self._programs.restart("apiextensions-apiserver")
+            certificate = self._certificates / "custom-resources" / "apiserver.crt"
+            url = f"https://127.0.0.1:{self._crd_port}"
+            self._programs.wait_until_ready(Api(url, TOKEN, certificate), certificate)
+
+    def pause_etcd(self, paused: bool) -> None:
+        """Let etcd stand still, or go on: the API servers wait for it."""
+        self._programs.signal("etcd", signal.SIGSTOP if paused else signal.SIGCONT)
 
     def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
         """Run kubectl as administrator and return what it printed.

@@ -21,13 +21,15 @@ class Programs:
     def __init__(self, binaries: Binaries, folder: Path, mark: str) -> None:
         self._binaries, self._folder, self._mark = binaries, folder, mark
         self._started: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._arguments: dict[str, tuple[str, ...]] = {}
 
     def run(self, name: str, *arguments: str) -> None:
         """Start a program; its output goes to `<name>.log`."""
         program = self._binaries.path(name)
         assert program is not None, name
         environment = {"HOME": str(self._folder), "PATH": "/usr/bin:/bin"}
-        with self._log(name).open("wb") as log:
+        self._arguments[name] = arguments
+        with self._log(name).open("ab") as log:
             process = subprocess.Popen(
                 [program, *arguments],
                 cwd=self._folder,
@@ -38,6 +40,19 @@ class Programs:
                 env=environment | {process_tree.VARIABLE: self._mark},
             )
         self._started.append((name, process))
+
+    def restart(self, name: str) -> None:
+        """Kill a program and start it as it was started."""
+        ((_, process),) = [each for each in self._started if each[0] == name]
+        process.kill()
+        process.wait()
+        self._started = [each for each in self._started if each[0] != name]
+        self.run(name, *self._arguments[name])
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a program a signal."""
+        ((_, process),) = [each for each in self._started if each[0] == name]
+        process.send_signal(number)
 
     def wait_until_ready(self, api: Api, certificate: Path) -> None:
         """Wait until the server that was started last is ready.

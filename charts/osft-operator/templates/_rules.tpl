@@ -28,4 +28,10 @@ wildcards, no update of whole objects. The same rules for a ClusterRole and for 
   resources: [events]
   # list: why a job has no pods.
   verbs: [list, create, patch]
+{{- if .Values.kueue.enabled }}
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  # Why a job waits in its queue.
+  verbs: [list]
+{{- end }}
 {{- end }}

@@ -69,6 +69,10 @@ absent value into null.
   value: {{ .Values.reconcile.resyncSeconds | toJson | quote }}
 - name: OSFT_KIND_CHECK_SECONDS
   value: {{ .Values.reconcile.kindCheckSeconds | toJson | quote }}
+- name: OSFT_WATCH_CHECK_SECONDS
+  value: {{ .Values.reconcile.watchCheckSeconds | toJson | quote }}
+- name: OSFT_KUEUE
+  value: {{ .Values.kueue.enabled | toJson | quote }}
 - name: OSFT_PROGRESS_POLL_SECONDS
   value: {{ .Values.progress.pollSeconds | toJson | quote }}
 - name: OSFT_PROGRESS_WRITE_SECONDS
@@ -89,6 +93,8 @@ absent value into null.
   value: {{ .Values.probes.loopStallSeconds | toJson | quote }}
 - name: OSFT_QUEUE_STALL_SECONDS
   value: {{ .Values.probes.queueStallSeconds | toJson | quote }}
+- name: OSFT_WATCH_STALL_SECONDS
+  value: {{ .Values.probes.watchStallSeconds | toJson | quote }}
 - name: OSFT_LOG_FORMAT
   value: {{ .Values.logging.format | quote }}
 - name: OSFT_LOG_LEVEL

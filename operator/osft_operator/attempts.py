@@ -1,0 +1,51 @@
+"""Records the next attempt of a run, and holds it back for a while after failures.
+
+Called by steps and stall. An attempt is recorded before its PyTorchJob is made, with the time from
+which it may be: an operator that starts anew waits no longer and no less. Must never make or
+delete anything itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from osft_operator import names
+from osft_operator.draft import Draft
+from osft_operator.observed import text_of
+from osft_operator.restarts import wait_seconds
+from osft_operator.spec import OSFTJob
+from osft_trainer.report import duration
+
+
+def record(draft: Draft, attempt: int) -> None:
+    """Record an attempt that is no restart: the first, or one after a suspension."""
+    draft.status["attempt"] = attempt
+    draft.status["pyTorchJobName"] = names.attempt_name(draft.observed.name, attempt)
+    draft.status["restartsBeforeAttempt"] = draft.status["restarts"]
+    for field in ("pyTorchJobUID", "countedPods", "nextAttemptTime"):
+        draft.status.pop(field, None)
+    draft.look_again(0)
+
+
+def record_restart(draft: Draft, job: OSFTJob, why: str) -> bool:
+    """Record one more attempt that counts as a restart; False when none is left."""
+    if draft.status["restarts"] + 1 > job.spec.max_restarts:
+        return False
+    draft.status["restarts"] += 1
+    record(draft, draft.status["attempt"] + 1)
+    wait = wait_seconds(draft.status["restarts"])
+    if wait:
+        due = draft.now + datetime.timedelta(seconds=wait)
+        draft.status["nextAttemptTime"] = text_of(due)
+        why = f"attempt {draft.status['attempt']} follows in {duration(int(wait))}; {why}"
+    draft.condition("Running", "False", "Restarting", why)
+    return True
+
+
+def wait_is_over(draft: Draft) -> bool:
+    """Whether the recorded attempt may be made now; if not, there will be another look."""
+    due = draft.status.get("nextAttemptTime")
+    left = 0.0 if due is None else -draft.seconds_since(due)
+    if left > 0:
+        draft.look_again(left)
+    return left <= 0

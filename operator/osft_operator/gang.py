@@ -1,0 +1,86 @@
+"""How the pods of an attempt are doing: whether all run, if not why, and which of them to ask.
+
+Called by steps for a PyTorchJob that is not suspended. Writes only the condition Running; must
+never end an attempt or begin another.
+"""
+
+from __future__ import annotations
+
+from osft_operator import failure, waiting
+from osft_operator.actions import PollTarget
+from osft_operator.draft import Draft
+from osft_operator.observed import Object, find_condition, is_true, managed_elsewhere
+from osft_operator.obstacles import LONG_SECONDS
+from osft_operator.resolved import Resolved
+from osft_operator.spec import OSFTJob
+from osft_trainer.report import METRICS_PORT
+
+PODS_MISSING_SECONDS = 60.0
+"""After so long without pods, something is wrong."""
+
+
+def look(
+    draft: Draft, job: OSFTJob, resolved: Resolved, current: Object, pods: list[Object]
+) -> None:
+    """Say whether all pods run, and if not, why."""
+    if manager := managed_elsewhere(current):
+        _follow_manager(draft, current, manager)
+        return
+    running, nodes = failure.running_count(pods), resolved.nnodes
+    count = f"{running} of {nodes} pods run"
+    if running >= nodes:
+        draft.condition("Running", "True", "PodsRunning", count)
+    elif (trouble := _trouble(draft, pods)) is not None:
+        draft.condition("Running", "False", *trouble)
+        draft.look_again(LONG_SECONDS)
+    elif failure.is_restarting(pods) or is_true(current, "Restarting"):
+        ended = failure.cause(pods)
+        draft.condition("Running", "False", "Restarting", ended.words() if ended else count)
+    elif not pods:
+        _without_pods(draft, current)
+    elif draft.recorded("Running")[1] != "Restarting":
+        draft.condition("Running", "False", "PodsStarting", count)
+        draft.look_again(LONG_SECONDS)
+    draft.poll = _poll_targets(job, pods)
+
+
+def _trouble(draft: Draft, pods: list[Object]) -> waiting.Reason | None:
+    observed = draft.observed
+    spec = observed.body.get("spec") or {}
+    return waiting.reason(pods, spec, observed.claim, observed.news, draft.now)
+
+
+def _follow_manager(draft: Draft, current: Object, manager: str) -> None:
+    """The pods are in another cluster; all that is known is the PyTorchJob's own status."""
+    if is_true(current, "Running"):
+        draft.condition("Running", "True", "ManagedElsewhere", f"runs where {manager} placed it")
+        return
+    said = find_condition(current.get("status") or {}, "Created").get("message")
+    words = f"managed by {manager}" + (f": {failure.clean(said)}" if said else "")
+    draft.condition("Running", "False", "Waiting", words)
+
+
+def _without_pods(draft: Draft, current: Object) -> None:
+    made = current["metadata"].get("creationTimestamp", draft.now_text)
+    left = PODS_MISSING_SECONDS - draft.seconds_since(made)
+    if left > 0:
+        draft.look_again(left)
+        draft.condition("Running", "False", "PodsStarting", "no pod has been made yet")
+        return
+    event = failure.clean(draft.observed.newest_event) or (
+        "nothing is known about why; is the training-operator running?"
+    )
+    draft.condition("Running", "False", "PodsNotCreated", event)
+    draft.look_again(LONG_SECONDS)
+
+
+def _poll_targets(job: OSFTJob, pods: list[Object]) -> tuple[PollTarget, ...]:
+    """Rank 0's pod; with c10d any pod may have it."""
+    found = []
+    for pod in pods:
+        status, labels = pod.get("status") or {}, pod["metadata"].get("labels") or {}
+        first = labels.get("training.kubeflow.org/job-role") == "master"
+        wanted = first or job.spec.rendezvous.backend == "c10d"
+        if wanted and status.get("phase") == "Running" and status.get("podIP"):
+            found.append(PollTarget(pod["metadata"]["name"], status["podIP"], METRICS_PORT))
+    return tuple(found)

@@ -1,0 +1,181 @@
+"""Says in words why the pods of an attempt do not all run.
+
+Called by gang. Pure. What stands in a pod's status is said first, then what the scheduler and the
+claim say, then the newest event about a pod, which is all there is for a volume that cannot be
+mounted. A pod that is only young has no reason.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from osft_operator.failure import clean, word
+from osft_operator.observed import Object, is_deleting, time_of
+from osft_trainer.report import duration
+
+Reason = tuple[str, str]
+"""One word for a condition, and a sentence for people."""
+
+PROBLEMS = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "ImageInspectError",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+"""Reasons of a waiting container that time alone rarely cures."""
+CURES = {
+    "ImagePullBackOff": "check spec.image and spec.imagePullSecrets",
+    "ErrImagePull": "check spec.image and spec.imagePullSecrets",
+    "InvalidImageName": "correct spec.image",
+    "ErrImageNeverPull": "the node has no such image: change spec.imagePullPolicy",
+}
+INIT_STUCK_SECONDS = 300.0
+"""An init container that runs for so long is worth a word; it may still be right."""
+MASTER_WAIT = "init-pytorch"
+"""The training-operator's init container of a worker: it waits for the master's name."""
+
+_MISSING = re.compile(r'(?i)\b(secret|configmap) "([^"]+)" not found')
+_NO_KEY = re.compile(r"(?i)couldn't find key (\S+) in (secret|configmap) [^/\s]+/([^\s,;]+)")
+_VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "persistent volume")
+
+
+def reason(
+    pods: Sequence[Object],
+    spec: Mapping[str, Any],
+    claim: Object | None,
+    news: Mapping[str, str],
+    now: datetime.datetime,
+) -> Reason | None:
+    """Why the pods do not start; None when nothing is known to be wrong.
+
+    Args:
+        pods: those of the attempt.
+        spec: the OSFTJob's, to name the field that names what is missing.
+        claim: for checkpoints, if it was looked at.
+        news: the newest event's text by uid, of a pod or of the claim, where one was looked for.
+        now: the time.
+    """
+    pending = [pod for pod in pods if not is_deleting(pod) and _phase(pod) in ("Pending", "")]
+    unknown = [pod for pod in pods if _phase(pod) == "Unknown"]
+    for look in (
+        lambda pod: _of_containers(pod, spec),
+        lambda pod: _of_scheduler(pod, claim, news),
+        lambda pod: _of_slow_init(pod, now),
+        lambda pod: _of_event(pod, news.get(pod["metadata"].get("uid", ""), ""), spec),
+    ):
+        found = next(filter(None, map(look, pending)), None)
+        if found is not None:
+            return found
+    if unknown:
+        name = unknown[0]["metadata"]["name"]
+        return "NodeLost", f"pod {name}: its node does not answer"
+    return None
+
+
+def _of_containers(pod: Object, spec: Mapping[str, Any]) -> Reason | None:
+    for container in _containers(pod):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        said = str(waiting.get("reason") or "")
+        where = f"container {container.get('name')} of pod {pod['metadata']['name']}: "
+        if said in PROBLEMS:
+            text = clean(waiting.get("message"))
+            cure = missing(text, spec) or CURES.get(said, "")
+            return said, where + "; ".join(filter(None, (text, cure)))
+    for container in (pod.get("status") or {}).get("initContainerStatuses") or []:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") != "CrashLoopBackOff":
+            continue
+        ended = (container.get("lastState") or {}).get("terminated") or {}
+        return "InitContainerFailing", (
+            f"init container {container.get('name')} of pod {pod['metadata']['name']} ends with "
+            f"exit code {ended.get('exitCode')} again and again: {clean(ended.get('message'))}"
+        ).rstrip(": ")
+    return None
+
+
+def _of_scheduler(pod: Object, claim: Object | None, news: Mapping[str, str]) -> Reason | None:
+    for condition in (pod.get("status") or {}).get("conditions") or []:
+        if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
+            continue
+        text = clean(condition.get("message"))
+        pending = ((claim or {}).get("status") or {}).get("phase") == "Pending"
+        if claim is not None and pending and any(each in text for each in _VOLUME_WORDS):
+            told = clean(news.get(claim["metadata"].get("uid", ""), ""))
+            own = f"claim {claim['metadata']['name']} is Pending" + (f": {told}" if told else "")
+            return "ClaimPending", f"{own}; pod {pod['metadata']['name']}: {text}"
+        return word(condition.get("reason"), "Unschedulable"), (
+            f"pod {pod['metadata']['name']}: {text}"
+        )
+    return None
+
+
+def _of_slow_init(pod: Object, now: datetime.datetime) -> Reason | None:
+    for container in (pod.get("status") or {}).get("initContainerStatuses") or []:
+        began = ((container.get("state") or {}).get("running") or {}).get("startedAt")
+        if not began:
+            continue
+        seconds = (now - time_of(began)).total_seconds()
+        if seconds < INIT_STUCK_SECONDS:
+            continue
+        words = (
+            f"init container {container.get('name')} of pod {pod['metadata']['name']} has run for "
+            f"{duration(int(seconds))}"
+        )
+        if container.get("name") == MASTER_WAIT:
+            words += ": it waits for the master's name in DNS; does the master's pod run?"
+        return "InitStuck", words
+    return None
+
+
+def _of_event(pod: Object, event: str, spec: Mapping[str, Any]) -> Reason | None:
+    """An event's text is `Reason: message`."""
+    said, _, text = clean(event).partition(": ")
+    if not text:
+        return None
+    cure = missing(text, spec)
+    words = f"pod {pod['metadata']['name']}: {text}" + (f"; {cure}" if cure else "")
+    return word(said, "PodsStarting"), words
+
+
+def missing(text: str, spec: Mapping[str, Any]) -> str:
+    """What a Secret or ConfigMap lacks, in words that name the field; empty if it is not that."""
+    if match := _NO_KEY.search(text):
+        kind, name, what = match[2], match[3], f"add key {match[1]} to"
+    elif match := _MISSING.search(text):
+        kind, name, what = match[1], match[2], "make"
+    else:
+        return ""
+    kind = {"secret": "Secret", "configmap": "ConfigMap"}[kind.lower()]
+    places = [path for path, value in _texts(spec, "spec") if value == name]
+    named = f" (named by {places[0]})" if places else ""
+    return f"{what} {kind} {name} in the job's namespace{named}"
+
+
+def _texts(part: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every text of a spec that names an object, with the path of the field it stands in."""
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            if isinstance(value, str) and key in ("name", "secretName", "configMapName"):
+                yield (path if key == "name" else f"{path}.{key}"), value
+            elif not isinstance(value, str):
+                yield from _texts(value, f"{path}.{key}")
+    elif isinstance(part, list | tuple):
+        for index, value in enumerate(part):
+            yield from _texts(value, f"{path}[{index}]")
+
+
+def _containers(pod: Object) -> list[Any]:
+    status = pod.get("status") or {}
+    kinds = ("initContainerStatuses", "containerStatuses")
+    return [each for kind in kinds for each in status.get(kind) or []]
+
+
+def _phase(pod: Object) -> str:
+    return str((pod.get("status") or {}).get("phase") or "")

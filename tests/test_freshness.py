@@ -1,0 +1,97 @@
+"""What the watches owe: found by a short watch, settled by their own word, or by an end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from osft_operator.cache import Cache
+from osft_operator.cluster import Change, Gone
+from osft_operator.freshness import Freshness
+from osft_operator.kinds import CLAIMS, OSFTJOBS, Kind
+from osft_operator.names import JOB_LABEL
+from osft_operator.queue import Key
+
+PLACE = (CLAIMS, None)
+
+
+class Server:
+    """Answers short watches; the real one is asked in test_cluster."""
+
+    def __init__(self) -> None:
+        self.changed: list[Change] = []
+        self.asked: list[str] = []
+
+    async def changes(
+        self, kind: Kind, namespace: str | None, version: str, *, labels: str
+    ) -> list[Change]:
+        self.asked.append(version)
+        found, self.changed = self.changed, []
+        return found
+
+
+def claim(version: int, uid: str = "u1") -> dict[str, Any]:
+    metadata = {"name": "c", "namespace": "n", "uid": uid, "resourceVersion": str(version)}
+    return {"metadata": {**metadata, "labels": {JOB_LABEL: "job"}}}
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.server, self.cache, self.news = Server(), Cache(), list[Key]()
+        self.freshness = Freshness(self.server, self.cache, self.news.append)  # type: ignore[arg-type]
+        self.freshness.listed(PLACE, "10")
+
+    def check(self, *changes: Change) -> None:
+        self.server.changed = list(changes)
+        asyncio.run(self.freshness.check([PLACE, (OSFTJOBS, None)]))
+
+
+def test_nothing_new_is_nothing_owed() -> None:
+    scene = Scene()
+    scene.check()
+    assert scene.server.asked == ["10"], "a place that was never listed is not asked about"
+    assert not scene.freshness.is_behind
+
+
+def test_what_a_watch_did_not_tell_is_news_and_owed_until_it_does() -> None:
+    scene = Scene()
+    scene.check(Change("MODIFIED", claim(12)))
+    assert scene.news == [Key("n", "job")]
+    assert scene.freshness.is_behind
+    scene.check()
+    assert scene.server.asked == ["10", "12"]
+    assert scene.freshness.is_behind
+    scene.freshness.told(PLACE, claim(12))
+    assert not scene.freshness.is_behind
+    scene.check(Change("MODIFIED", claim(15)))
+    assert scene.freshness.is_behind, "each time anew"
+
+
+def test_what_the_watch_told_first_is_not_owed() -> None:
+    scene = Scene()
+    scene.freshness.told(PLACE, claim(12))
+    scene.check(Change("ADDED", claim(12)))
+    assert not scene.freshness.is_behind
+
+
+def test_an_object_that_is_gone_is_owed_no_more() -> None:
+    scene = Scene()
+    scene.check(Change("ADDED", claim(12)))
+    scene.check(Change("DELETED", claim(14)))
+    assert not scene.freshness.is_behind
+    assert list(scene.cache.all(CLAIMS)) == []
+    scene.check(Change("ADDED", claim(16, "u2")), Change("DELETED", claim(17, "u3")))
+    assert scene.freshness.is_behind, "another object is none of its business"
+
+
+def test_a_forgotten_version_is_for_the_caller() -> None:
+    scene = Scene()
+
+    async def changes(*_: object, **__: object) -> list[Change]:
+        raise Gone("too old")
+
+    scene.server.changes = changes  # type: ignore[method-assign]
+    with pytest.raises(Gone):
+        scene.check()

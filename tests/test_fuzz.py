@@ -1,0 +1,153 @@
+"""Random OSFTJobs on a real API server: what is accepted can be run, what is refused names a field.
+
+50 of them; with OSFT_SOAK set, 2,000.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from cluster.api import ApiError
+from cluster.control_plane import ControlPlane
+from job_samples import Object
+from job_strategies import FIELDS, Path, jobs
+from osft_operator.local_pods import pods
+from osft_operator.policy import denials
+from osft_operator.render import checkpoint_claim, pytorch_job, resolve
+from osft_operator.resolved import RenderSettings
+from osft_operator.spec import OSFTJob, problems
+from osft_trainer.arguments import from_argv
+
+pytestmark = pytest.mark.cluster
+
+EXAMPLES = 2000 if "OSFT_SOAK" in os.environ else 50
+ACCEPTED_SHARE = 0.4
+DRY = "?dryRun=All&fieldValidation=Strict"
+SETTINGS = RenderSettings(trainer_image="trainer:1")
+COMMAND = ["python", "-m", "osft_trainer.launch"]
+
+
+@pytest.mark.timeout(1800)
+def test_random_jobs(control_plane: ControlPlane, namespace: str) -> None:
+    accepted: list[bool] = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(jobs())
+    def whole(drawn: tuple[Object, list[Path]]) -> None:
+        accepted.append(_try(control_plane, namespace, *drawn))
+
+    whole()
+    share = sum(accepted) / len(accepted)
+    print(f"{len(accepted)} jobs, {share:.0%} accepted")
+    assert share >= ACCEPTED_SHARE
+
+
+def _try(plane: ControlPlane, namespace: str, body: Object, touched: list[Path]) -> bool:
+    """Whether it was accepted; either way it must be so for a reason."""
+    told = problems(body)
+    seen, refusal = _ask(plane, namespace, body)
+    if refusal is not None:
+        assert refusal.code in (400, 422), refusal.message
+        told = told or [str(each) for each in denials(OSFTJob.model_validate(body))]
+        assert told, f"only the server refuses: {refusal.message}\n{json.dumps(body)}"
+        for line in [refusal.message, *told]:
+            _names_a_field(line, touched)
+        return False
+    assert seen is not None
+    assert told == [], f"only the model refuses\n{json.dumps(body)}"
+    seen["metadata"]["uid"] = "00000000-0000-4000-8000-000000000000"
+    job = OSFTJob.model_validate(seen)
+    if denied := denials(job):
+        assert all(denial.field.startswith("spec.") for denial in denied)
+        return False
+    _can_be_run(plane, namespace, job)
+    return True
+
+
+def _ask(
+    plane: ControlPlane, namespace: str, body: Object
+) -> tuple[Object, None] | tuple[None, ApiError]:
+    path = f"/apis/osft.dev/v1alpha1/namespaces/{namespace}/osftjobs{DRY}"
+    try:
+        return plane.api.post(path, body), None
+    except ApiError as error:
+        return None, error
+
+
+def _names_a_field(message: str, touched: list[Path]) -> None:
+    names = {part for path, _ in FIELDS for part in path}
+    assert any(name in message for name in names), message
+    assert touched, f"the minimal job is refused: {message}"
+
+
+def _can_be_run(plane: ControlPlane, namespace: str, job: OSFTJob) -> None:
+    resolved = resolve(job, SETTINGS)
+    manifest = pytorch_job(job, resolved, 1)
+    claim = checkpoint_claim(job, resolved)
+    manifest["metadata"].pop("ownerReferences")
+    if claim is not None:
+        claim["metadata"].pop("ownerReferences", None)
+        plane.api.post(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims{DRY}", claim)
+        assert claim["metadata"]["name"] == "sample-checkpoints"
+    path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs{DRY}"
+    plane.api.post(path, manifest)
+    assert manifest["metadata"]["name"] == "sample"
+    for pod in pods(manifest)[:2]:
+        pod["metadata"].pop("ownerReferences")
+        kubernetes_validate.validate(pod, "1.30", strict=True)
+        _stays_inside(pod["spec"], job)
+
+
+def _stays_inside(spec: Object, job: OSFTJob) -> None:
+    """No shell, no path outside a volume, no object that the job does not name."""
+    (trainer,) = (each for each in spec["containers"] if each["name"] == "pytorch")
+    assert trainer["command"] == COMMAND
+    read = from_argv([_as_kubernetes_reads(text) for text in trainer["args"]])
+    assert read.training.model_dump() == job.spec.training.model_dump()
+    assert read.run.attempt == 1
+    assert read.run.run_id == job.metadata.uid
+    for mount in trainer["volumeMounts"]:
+        assert mount["mountPath"].startswith("/")
+        assert ".." not in mount["mountPath"].split("/")
+        inside = mount.get("subPath", "")
+        assert not inside.startswith("/")
+        assert ".." not in inside.split("/")
+    own = {"sample-checkpoints"}
+    asked = set(_texts(job.spec.model_dump(by_alias=True)))
+    for volume in spec["volumes"]:
+        assert "hostPath" not in volume
+        names = {
+            (volume.get("persistentVolumeClaim") or {}).get("claimName"),
+            (volume.get("secret") or {}).get("secretName"),
+            (volume.get("configMap") or {}).get("name"),
+        }
+        assert names - {None} <= own | asked
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+
+
+def _as_kubernetes_reads(argument: str) -> str:
+    """What the kubelet makes of an argument: `$$` is `$`, and `$(NAME)` would be a variable."""
+    assert "$(" not in argument.replace("$$", ""), argument
+    return argument.replace("$$(", "$(").replace("$$$$", "$$") if "$$" in argument else argument
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for each in value.values() for text in _texts(each)]
+    if isinstance(value, list | tuple):
+        return [text for each in value for text in _texts(each)]
+    return [value] if isinstance(value, str) else []

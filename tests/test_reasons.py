@@ -1,0 +1,345 @@
+"""Why a job failed or waits, in words: one row for each reason that people meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from job_samples import Object
+from osft_operator.observed import text_of
+from osft_trainer.report import Progress
+from world import START, World, last_words
+
+NCCL = (
+    "[rank1]:[E ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout: "
+    "WorkNCCL(SeqNum=12, OpType=ALLREDUCE, NumelIn=1, Timeout(ms)=600000) ran for 600015 "
+    "milliseconds before timing out."
+)
+
+
+@dataclass(frozen=True)
+class Waits:
+    """A pod that does not start, and what the status says of it."""
+
+    name: str
+    pod: dict[str, Any]
+    """Changes to the pod's status."""
+    reason: str
+    words: tuple[str, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Changes to the job."""
+    claim: str = "Bound"
+    """Phase of the claim."""
+    event: str = ""
+    """Newest event about the pod."""
+    claim_event: str = ""
+
+
+def container(reason: str, message: str = "", kind: str = "containerStatuses") -> dict[str, Any]:
+    state = {"waiting": {"reason": reason, "message": message}}
+    return {kind: [{"name": "pytorch", "restartCount": 0, "state": state}]}
+
+
+def init(state: dict[str, Any], **more: Any) -> dict[str, Any]:
+    pytorch = container("PodInitializing")
+    return {
+        **pytorch,
+        "initContainerStatuses": [
+            {"name": "init-pytorch", "restartCount": 0, "state": state, **more}
+        ],
+    }
+
+
+def unscheduled(message: str) -> dict[str, Any]:
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": message,
+    }
+    return {"containerStatuses": [], "conditions": [condition]}
+
+
+TOKEN = {"spec.secrets": {"hfToken": {"name": "hub", "key": "token"}}}
+
+WAITING = [
+    Waits(
+        "image",
+        container("ImagePullBackOff", 'Back-off pulling image "trainer:1"'),
+        "ImagePullBackOff",
+        ("container pytorch of pod sample-master-0", "trainer:1", "spec.imagePullSecrets"),
+    ),
+    Waits(
+        "image name",
+        container("InvalidImageName", 'Failed to apply default image tag "A B"'),
+        "InvalidImageName",
+        ("correct spec.image",),
+    ),
+    Waits(
+        "no room",
+        unscheduled("0/5 nodes are available: 5 Insufficient nvidia.com/gpu."),
+        "Unschedulable",
+        ("pod sample-master-0: 0/5 nodes are available: 5 Insufficient nvidia.com/gpu.",),
+    ),
+    Waits(
+        "claim pending",
+        unscheduled("0/5 nodes are available: pod has unbound immediate PersistentVolumeClaims."),
+        "ClaimPending",
+        ("claim sample-checkpoints is Pending", "ProvisioningFailed", "0/5 nodes"),
+        claim="Pending",
+        claim_event='ProvisioningFailed: storageclass "fast" not found',
+    ),
+    Waits(
+        "claim waits for the pod, which waits for GPUs",
+        unscheduled("0/5 nodes are available: 5 Insufficient nvidia.com/gpu."),
+        "Unschedulable",
+        ("Insufficient",),
+        claim="Pending",
+    ),
+    Waits(
+        "init container stuck",
+        init({"running": {"startedAt": text_of(START)}}),
+        "InitStuck",
+        ("init container init-pytorch of pod sample-master-0 has run for 10m0s", "master's name"),
+    ),
+    Waits(
+        "init container fails",
+        init(
+            {"waiting": {"reason": "CrashLoopBackOff"}},
+            lastState={"terminated": {"exitCode": 4, "message": "no such host"}},
+        ),
+        "InitContainerFailing",
+        ("init-pytorch", "exit code 4", "no such host"),
+    ),
+    Waits(
+        "secret missing",
+        container("CreateContainerConfigError", 'secret "hub" not found'),
+        "CreateContainerConfigError",
+        ("make Secret hub in the job's namespace (named by spec.secrets.hfToken)",),
+        changes=TOKEN,
+    ),
+    Waits(
+        "key missing",
+        container("CreateContainerConfigError", "couldn't find key token in Secret ns/hub"),
+        "CreateContainerConfigError",
+        ("add key token to Secret hub", "spec.secrets.hfToken"),
+        changes=TOKEN,
+    ),
+    Waits(
+        "map missing",
+        container("CreateContainerConfigError", 'configmap "vars" not found'),
+        "CreateContainerConfigError",
+        ("make ConfigMap vars", "spec.envFrom[0].configMapRef"),
+        changes={"spec.envFrom": [{"configMapRef": {"name": "vars"}}]},
+    ),
+    Waits(
+        "volume of a secret",
+        container("ContainerCreating"),
+        "FailedMount",
+        ('secret "data" not found', "spec.storage.mounts[0].secretName"),
+        changes={
+            "spec.storage.mounts": [{"name": "d", "secretName": "data", "mountPath": "/data"}]
+        },
+        event='FailedMount: MountVolume.SetUp failed for volume "d" : secret "data" not found',
+    ),
+    Waits(
+        "volume in use",
+        container("ContainerCreating"),
+        "FailedAttachVolume",
+        ("Multi-Attach error",),
+        event='FailedAttachVolume: Multi-Attach error for volume "pvc-1"',
+    ),
+    Waits("young", container("ContainerCreating"), "PodsStarting", ("0 of 1 pods run",)),
+    Waits(
+        "hostile",
+        container("ImagePullBackOff", "\x1b[31m\x00gone\u202e" + "x" * 5000),
+        "ImagePullBackOff",
+        ("x" * 100,),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WAITING, ids=lambda case: case.name)
+def test_why_it_waits(case: Waits) -> None:
+    world = World(case.changes)
+    world.settle()
+    world.run_pods()
+    (pod,) = world.pods
+    pod["status"] = {"phase": "Pending", **case.pod}
+    assert world.claim is not None
+    world.claim["status"] = {"phase": case.claim}
+    world.claim["metadata"]["uid"] = "claim"
+    world.news = {pod["metadata"]["uid"]: case.event, "claim": case.claim_event}
+    world.wait(600)
+    decision = world.settle()
+    running = world.condition("Running")
+    assert (running["status"], running["reason"]) == ("False", case.reason)
+    assert (world.status["phase"], world.status["reason"]) == ("Starting", case.reason)
+    for words in case.words:
+        assert words in running["message"]
+    assert not {"\x1b", "\x00", "\u202e"} & set(running["message"])
+    assert len(running["message"]) <= 4096
+    assert decision.requeue_after, "what a person changes is looked for"
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A pod that ended, and what the status says of it."""
+
+    name: str
+    terminated: dict[str, Any]
+    reason: str
+    words: tuple[str, ...]
+    final: bool = False
+    pod: dict[str, Any] = field(default_factory=dict)
+    """Changes to the pod's status."""
+
+
+FAILED = [
+    Fails(
+        "out of memory",
+        {"exitCode": 137, "reason": "OOMKilled"},
+        "OOMKilled",
+        ("resources.limits.memory", "maxTokensPerGpu"),
+    ),
+    Fails(
+        "out of memory, with words",
+        {"exitCode": 137, "reason": "OOMKilled", "message": last_words("Crashed", 75, "killed")},
+        "OOMKilled",
+        ("resources.limits.memory", "killed"),
+    ),
+    Fails(
+        "evicted",
+        {"exitCode": 137, "reason": "Error"},
+        "Evicted",
+        ("low on resource: ephemeral-storage",),
+        pod={
+            "phase": "Failed",
+            "reason": "Evicted",
+            "message": "The node was low on resource: ephemeral-storage.",
+        },
+    ),
+    Fails(
+        "node drained",
+        {"exitCode": 143, "reason": "Error", "message": last_words("Preempted", 143, "saved")},
+        "EvictionByEvictionAPI",
+        ("Eviction API",),
+        pod={
+            "conditions": [
+                {
+                    "type": "DisruptionTarget",
+                    "status": "True",
+                    "reason": "EvictionByEvictionAPI",
+                    "message": "Eviction API: evicting",
+                }
+            ]
+        },
+    ),
+    Fails(
+        "collective timed out, from the log",
+        {"exitCode": 134, "reason": "Error", "message": NCCL},
+        "NCCLTimeout",
+        ("first error in the logs of all pods", "OpType=ALLREDUCE"),
+    ),
+    Fails(
+        "collective timed out, from the trainer",
+        {"exitCode": 75, "message": last_words("Crashed", 75, f"DistBackendError: {NCCL}")},
+        "NCCLTimeout",
+        ("first error in the logs", "SeqNum=12"),
+    ),
+    Fails(
+        "a rank ended itself",
+        {"exitCode": 75, "message": last_words("Crashed", 75, "rank 1 was ended by SIGABRT")},
+        "Crashed",
+        ("rank 1 was ended by SIGABRT", "collective times out"),
+    ),
+    Fails(
+        "bad data",
+        {"exitCode": 2, "message": last_words("BadInput", 2, "/data/a.jsonl:7: no JSON")},
+        "BadInput",
+        ("/data/a.jsonl:7: no JSON",),
+        final=True,
+    ),
+    Fails(
+        "diverged",
+        {"exitCode": 3, "message": last_words("Diverged", 3, "the loss is not finite at step 9")},
+        "Diverged",
+        ("not finite at step 9",),
+        final=True,
+    ),
+    Fails("crashed", {"exitCode": 1, "message": "Traceback: boom"}, "Error", ("boom",)),
+]
+
+
+@pytest.mark.parametrize("case", FAILED, ids=lambda case: case.name)
+@pytest.mark.parametrize("restarts_left", [True, False])
+def test_why_it_failed(case: Fails, restarts_left: bool) -> None:
+    world = World({"spec.maxRestarts": 5 if restarts_left else 0})
+    world.settle()
+    world.run_pods()
+    world.settle()
+    world.end(case.terminated["exitCode"], **{"reason": "Error", **case.terminated})
+    (pod,) = world.pods
+    pod["status"] |= case.pod
+    pod["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+    world.settle()
+    failure = world.status["failure"]
+    assert failure["reason"] == case.reason
+    assert failure["pod"] == "sample-master-0"
+    for words in case.words:
+        assert words in failure["message"]
+    if case.final:
+        assert (world.status["phase"], world.status["reason"]) == ("Failed", case.reason)
+        assert world.made == 1, "no retry can help"
+    elif not restarts_left:
+        assert (world.status["phase"], world.status["reason"]) == ("Failed", "MaxRestartsExceeded")
+    if world.status["phase"] == "Failed":
+        for words in case.words:
+            assert words in world.condition("Failed")["message"]
+
+
+def claim(mode: str = "ReadWriteMany", size: str = "10Gi", name: str = "mine") -> Object:
+    return {
+        "metadata": {"name": name, "labels": {"osft.dev/job": "sample"}},
+        "spec": {"accessModes": [mode], "resources": {"requests": {"storage": size}}},
+        "status": {"phase": "Bound"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("storage", "found", "nodes", "reason", "words"),
+    [
+        ({"claimName": "mine"}, claim("ReadWriteOnce"), 2, "ClaimNotShared", "ReadWriteMany"),
+        ({"claimName": "mine"}, claim("ReadWriteOnce"), 1, None, ""),
+        ({"claimName": "mine"}, claim(), 2, None, ""),
+        ({"size": "20Gi"}, claim(), 1, "ClaimDiffers", "ReadWriteOnce"),
+        ({"size": "20Gi"}, claim("ReadWriteOnce"), 1, "ClaimDiffers", "has 10Gi"),
+        ({"size": "20Gi"}, claim("ReadWriteOnce", "0.02Ti"), 1, None, ""),
+        ({"size": "20Gi"}, claim("ReadWriteOnce", "1Ti"), 1, None, ""),
+        ({"size": "10Gi"}, claim("ReadWriteOnce"), 2, "ClaimDiffers", "ReadWriteMany"),
+    ],
+)
+def test_a_claim_that_is_not_what_is_needed(
+    storage: Object, found: Object, nodes: int, reason: str | None, words: str
+) -> None:
+    world = World({"spec.storage.checkpoints": storage, "spec.nnodes": nodes})
+    found["metadata"]["name"] = "mine" if "claimName" in storage else "sample-checkpoints"
+    world.claim = found
+    decision = world.settle()
+    if reason is None:
+        assert list(world.jobs) == ["sample"]
+        return
+    assert (world.status["phase"], world.status["reason"]) == ("Pending", reason)
+    assert found["metadata"]["name"] in world.condition("Running")["message"]
+    assert words in world.condition("Running")["message"]
+    assert decision.requeue_after == 30
+    assert not world.jobs
+    assert "startTime" not in world.status, "so that the job can still be edited"
+
+
+def test_numbers_that_are_none_reach_no_status() -> None:
+    assert Progress.parse(b'{"runId": "u", "loss": NaN}') is None
+    assert Progress.parse(b'{"runId": "u", "loss": 1e999}') is None
+    assert Progress.parse(b'{"runId": "u", "loss": "NaN"}') is None

@@ -100,7 +100,9 @@ def _can_be_run(plane: ControlPlane, namespace: str, job: OSFTJob) -> None:
     manifest["metadata"].pop("ownerReferences")
     if claim is not None:
         claim["metadata"].pop("ownerReferences", None)
-        plane.api.post(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims{DRY}", claim)
+        kubernetes_validate.validate(claim, "1.30", strict=True)
+        if "ReadWriteOncePod" not in claim["spec"]["accessModes"]:  # too new for the old server
+            plane.api.post(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims{DRY}", claim)
         assert claim["metadata"]["name"] == "sample-checkpoints"
     path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs{DRY}"
     plane.api.post(path, manifest)

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate verify clean
 .PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator
-SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py)
+SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py)
 
 
 $(VENV)/.run: pyproject.toml constraints.txt

@@ -12,6 +12,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from osft_operator import job_metrics, metrics, transitions
 from osft_operator.actions import (

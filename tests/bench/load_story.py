@@ -70,7 +70,7 @@ class Story:
     def _load(self, names: list[Name], rate: float) -> dict[str, Any]:
         """Create at a steady rate, whatever the operator does."""
         logger.info("creating %d OSFTJobs", len(names))
-        start = time.monotonic()
+        start, used = time.monotonic(), self._operator.cpu_seconds()
 
         def create(number: int) -> None:
             time.sleep(max(0.0, start + number / rate - time.monotonic()))
@@ -86,6 +86,8 @@ class Story:
             "p99_seconds": _percentile(waits, 99),
             "max_seconds": round(waits[-1], 3),
             "not_made": len(lost),
+            # says how many a second one core can take, also on a machine that is busy otherwise
+            "cpu_seconds_per_job": round((self._operator.cpu_seconds() - used) / len(names), 4),
         }
 
     def _live(self, names: list[Name]) -> dict[str, Any]:

@@ -248,6 +248,13 @@ RULES = [
     ),
     Sample("a-source", {}, {f"{C}.size": GONE}, C, words="exactly one of claimName"),
     Sample(
+        "claim-size",
+        {f"{C}.size": "0.5Ti"},
+        {f"{C}.size": "0e5"},
+        f"{C}",
+        words="size must be more than nothing",
+    ),
+    Sample(
         "claim-class",
         {f"{C}.storageClassName": "fast"},
         {f"{C}.size": GONE, f"{C}.claimName": "m", f"{C}.storageClassName": "fast"},

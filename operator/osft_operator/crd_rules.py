@@ -234,6 +234,12 @@ RULES = [
         ".port",
     ),
     _exactly_one(CHECKPOINTS, "claimName", "size"),
+    Rule(
+        CHECKPOINTS,
+        "!has(self.size) || self.size.matches('^[+]?[0-9.]*[1-9]')",
+        "size must be more than nothing: write for instance 100Gi",
+        ".size",
+    ),
     _excludes(CHECKPOINTS, "storageClassName", "claimName"),
     _excludes(CHECKPOINTS, "accessModes", "claimName"),
     Rule(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from osft_operator.names import RESERVED_PATHS, RESERVED_VOLUMES
+from osft_operator.resources import quantity
 from osft_operator.spec_part import AbsolutePath, JobPart, ObjectName, Quantity, SubPath
 from osft_operator.spec_part import has_parent_step as _climbs
 
@@ -41,6 +42,8 @@ class Checkpoints(JobPart):
     def _check(self) -> Self:
         if (self.claim_name is None) == (self.size is None):
             raise ValueError("exactly one of claimName and size is needed: name a claim or a size")
+        if self.size is not None and quantity(self.size) == 0:
+            raise ValueError("size must be more than nothing: write for instance 100Gi")
         if self.claim_name is not None:
             for name, value in (
                 ("storageClassName", self.storage_class_name),

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check generate verify bench bench-retention clean
+.PHONY: demo test check generate verify bench bench-retention soak bench-checkpoint clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ demo: $(VENV)/.run       ## teach a small model a second skill, compare with pla
 test: $(VENV)/.dev       ## everything, with a real control plane (built once, then cached)
 	-$(BIN)/python tests/cluster/binaries.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+soak: $(VENV)/.dev       ## fifty kills of random ranks at random moments, and every other fault
+	OSFT_SOAK=50 $(BIN)/python -m pytest tests/test_faults.py
 
 check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/ruff format --check .
@@ -41,6 +44,9 @@ bench-retention: $(VENV)/.dev ## what methods keep of the old while they learn t
 
 bench: $(VENV)/.dev      ## step time beside plain fine-tuning and PEFT's OSF
 	$(BIN)/python tests/bench/train_step.py
+
+bench-checkpoint: $(VENV)/.dev   ## how long a step waits for a save, beside how long the save takes
+	$(BIN)/python tests/bench/checkpoint.py
 
 clean:
 	rm -rf $(VENV) .demo

@@ -46,6 +46,7 @@ class Reporter:
         self._clock = clock
         self._monotonic = monotonic
         self._show = show
+        self._owns_file = True
         self._written_at = -math.inf
         self._step_at: float | None = None
         self._seconds_per_step: float | None = None
@@ -82,6 +83,10 @@ class Reporter:
                 found[name] = f"{number:.6g}"
         self.update(metrics=[Metric(name=n, value=v) for n, v in found.items()])
 
+    def leave_file(self) -> None:
+        """Write no more: the folder is another's."""
+        self._owns_file = False
+
     def close(self) -> None:
         """Write the last state of things."""
         self._write()
@@ -109,7 +114,7 @@ class Reporter:
 
     def _write(self) -> None:
         self._written_at = self._monotonic()
-        if self._current.global_rank != 0:
+        if self._current.global_rank != 0 or not self._owns_file:
             return
         try:
             write_atomically(self._folder.progress, self._current.to_json() + "\n")

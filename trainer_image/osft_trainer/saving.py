@@ -15,11 +15,12 @@ ranks have exchanged there. So every rank is in the same half at every step:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ class Saver:
             OSError, Superseded: on every rank; see `finish`.
         """
         self.finish()
-        work = self._checkpoints.make_work_folder(position)
+        with self._telling_the_owner():
+            work = self._checkpoints.make_work_folder(position)
         copied = self._host_copy.take(state.trainables, state.optimizer)
         written = self._thread.submit(_write, work, self._world.rank, copied)
         self._flight = _Flight(position, work, state.decomposition, written)
@@ -149,11 +151,12 @@ class Saver:
         assert failure is None or isinstance(failure, OSError), "_write raises nothing else"
         elsewhere = f"checkpoint {flight.work}: another rank could not write its rows"
         try:
-            raise_together(failure, self._world, elsewhere)
-            if flight.published is None:
-                self._publish(flight)
-            assert flight.published is not None
-            path = from_first_rank(self._world, flight.published.result)
+            with self._telling_the_owner():
+                raise_together(failure, self._world, elsewhere)
+                if flight.published is None:
+                    self._publish(flight)
+                assert flight.published is not None
+                path = from_first_rank(self._world, flight.published.result)
         except (OSError, Superseded):
             if self._world.rank == 0:
                 # No rank writes there any more, and on a full disk a restart needs the room.
@@ -166,6 +169,23 @@ class Saver:
         if position.step > self._saved_step:
             self.begin(state, position)
         self.finish()
+
+    @contextlib.contextmanager
+    def _telling_the_owner(self) -> Iterator[None]:
+        """After an error that every rank has, see whether the folder is another's by now.
+
+        The next owner removes what it finds half written, so our error may be its doing.
+        """
+
+        def check() -> str:
+            self._checkpoints.check_owner()
+            return ""
+
+        try:
+            yield
+        except OSError:
+            from_first_rank(self._world, check)
+            raise
 
     def _publish(self, flight: _Flight) -> None:
         if self._world.rank == 0:

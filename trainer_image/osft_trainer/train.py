@@ -231,6 +231,8 @@ class _Run:
             latest_checkpoint=str(path),
             latest_checkpoint_step=position.step,
         )
+        if validation is not None:
+            validation.tell(position)
         return position
 
     def tracker(self, position: Position) -> contextlib.AbstractContextManager[Tracker | None]:

@@ -132,6 +132,13 @@ class Validation:
             self.export_best(self.model, position)
         return position
 
+    def tell(self, position: Position) -> None:
+        """Report what an earlier attempt has measured."""
+        self.reporter.measured(
+            validationLoss=position.validation_loss,
+            bestValidationLoss=position.best_validation_loss,
+        )
+
     def _say(self, step: int, loss: float, best: float | None) -> None:
         self.reporter.measured(validationLoss=loss, bestValidationLoss=best)
         if self.world.rank == 0:

@@ -32,7 +32,7 @@ from osft_trainer.identity import (
     write_verdict,
 )
 from osft_trainer.last_words import of_error
-from osft_trainer.outcome import Diverged, OutOfMemory, TrainResult
+from osft_trainer.outcome import Diverged, OutOfMemory, Superseded, TrainResult
 from osft_trainer.parallel import World, stop_world
 from osft_trainer.progress import Reporter
 from osft_trainer.report import POD_IP_ENV, ExitCode, RunFolder, Verdict
@@ -162,6 +162,9 @@ def _reporting(
             )
     try:
         yield reporter
+    except Superseded:
+        reporter.leave_file()
+        raise
     finally:
         reporter.close()
         if shown is not None:

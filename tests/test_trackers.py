@@ -81,6 +81,44 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(
         tiny.run(parameters(base, tmp_path, **changes))
 
 
+def test_mlflow_shows_the_run_and_a_later_attempt_continues_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real package and a store of files: `pip install 'osft[mlflow]'` runs it."""
+    mlflow = pytest.importorskip("mlflow", reason="needs osft[mlflow], which is 78 MB")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    told = parameters(
+        base, tmp_path, mlflow_tracking_uri=(tmp_path / "store").as_uri(),
+        mlflow_experiment_name="skills", mlflow_run_name="first", seed=7,
+    )  # fmt: skip
+    client = mlflow.MlflowClient(tracking_uri=told.mlflow_tracking_uri)
+    tiny.run(told)
+    experiment = client.get_experiment_by_name("skills").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert (run.data.params["seed"], run.data.params["learning_rate"]) == ("7", "0.01")
+    shown = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    assert shown == pytest.approx({row["step"]: row["loss"] for row in tiny.rows(told)})
+    services = start_services(told, tiny.RUN_ID, tmp_path, tmp_path / "logs", 6)
+    assert client.get_run(run.info.run_id).info.status == "RUNNING"
+    tracker = Tracker(tmp_path / "metrics.jsonl", 6, services)
+    tracker.write({"step": 7, "loss": 0.5})
+    with pytest.raises(KeyError), tracker:
+        raise KeyError
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 0.5)
+
+
+def test_an_mlflow_server_that_cannot_be_used_is_worth_another_try(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="needs osft[mlflow], which is 78 MB")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    told = parameters(base, tmp_path, mlflow_tracking_uri="http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"mlflow_tracking_uri 'http://127.0.0.1:9': .*MLFLOW_TRACK"):
+        tiny.run(told)
+
+
 class Broken:
     """A service that is down."""
 

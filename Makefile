@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate verify clean
-.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator
-SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py)
+.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator bench-checkpoint
+SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py)
 
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -66,6 +66,9 @@ RUNNING ?= 500
 bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a plain kopf operator
 	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) \
 		--running $(RUNNING) --output operator-load-$(JOBS).json
+
+bench-checkpoint: $(VENV)/.dev   ## how long a step waits for a save, beside how long the save takes
+	$(BIN)/python tests/bench/checkpoint.py
 
 clean:
 	rm -rf $(VENV) .demo

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
 from osft_trainer import checkpoint
 from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.outcome import Superseded
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
+from osft_trainer.saving import Saver
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -33,7 +35,13 @@ def new_state(seed: int = 0, decomposition: str = "d") -> State:
 
 
 def states_of(root: Path, keep: int = 2, attempt: int = 1) -> Checkpoints:
-    return Checkpoints(RunFolder(root), ALONE, attempt, keep, check_owner=lambda: None)
+    return Checkpoints(RunFolder(root), ALONE, attempt, keep, lambda: None, token="t")
+
+
+def save(states: Checkpoints, state: State, position: Position) -> Path:
+    """As the loop does at the end of a run."""
+    Saver(states, tiny.training(Path("m"), Path("d"), Path("o")), 0).finish_with(state, position)
+    return states.folder.checkpoint(position.step)
 
 
 def assert_equal(one: State, other: State) -> None:
@@ -48,7 +56,7 @@ def assert_equal(one: State, other: State) -> None:
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     saved, loaded = new_state(1), new_state(2)
     position = Position(step=12, epoch=3, batch=2, loss_tokens=99, loss=0.1 + 0.2)
-    path = states_of(tmp_path).save(saved, position)
+    path = save(states_of(tmp_path), saved, position)
     assert path == RunFolder(tmp_path).checkpoint(12)
     assert states_of(tmp_path).load(loaded) == position
     assert_equal(saved, loaded)
@@ -61,7 +69,7 @@ def test_nothing_saved_gives_nothing(tmp_path: Path) -> None:
 
 def test_old_states_go_and_the_newest_stays(tmp_path: Path) -> None:
     for step in (3, 6, 9, 12):
-        states_of(tmp_path, keep=2).save(new_state(step), Position(step=step))
+        save(states_of(tmp_path, keep=2), new_state(step), Position(step=step))
     assert sorted(path.name for path in RunFolder(tmp_path).checkpoints.iterdir()) == [
         "step-00000009",
         "step-00000012",
@@ -95,24 +103,24 @@ def test_a_damaged_state_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     states = states_of(tmp_path, keep=1)
-    states_of(tmp_path, keep=2).save(new_state(1), Position(step=1))
-    states_of(tmp_path, keep=2).save(new_state(2), Position(step=2))
+    save(states_of(tmp_path, keep=2), new_state(1), Position(step=1))
+    save(states_of(tmp_path, keep=2), new_state(2), Position(step=2))
     DAMAGES[damage](RunFolder(tmp_path).checkpoint(2))
     loaded = new_state(3)
     assert states.load(loaded) == Position(step=1)
     assert_equal(loaded, new_state(1))
     assert "step-00000002 is damaged" in caplog.text
     # It does not count as the newest when old ones are removed.
-    states.save(loaded, Position(step=2))
+    save(states, loaded, Position(step=2))
     assert RunFolder(tmp_path).complete_checkpoints() == [RunFolder(tmp_path).checkpoint(2)]
     assert states.load(new_state(4)) == Position(step=2)
 
 
 def test_without_marker_it_does_not_count_and_gives_way(tmp_path: Path) -> None:
     states = states_of(tmp_path)
-    (states.save(new_state(1), Position(step=1)) / "COMPLETE").unlink()
+    (save(states, new_state(1), Position(step=1)) / "COMPLETE").unlink()
     assert states.load(new_state(2)) is None
-    states.save(new_state(3), Position(step=1))
+    save(states, new_state(3), Position(step=1))
     loaded = new_state(4)
     assert states.load(loaded) == Position(step=1)
     assert_equal(loaded, new_state(3))
@@ -122,16 +130,16 @@ def test_a_newer_attempt_is_not_overwritten(tmp_path: Path) -> None:
     def refuse() -> None:
         raise Superseded("attempt 2 owns the folder")
 
-    states = Checkpoints(RunFolder(tmp_path), ALONE, 1, 2, check_owner=refuse)
+    states = Checkpoints(RunFolder(tmp_path), ALONE, 1, 2, refuse, token="t")
     with pytest.raises(Superseded):
-        states.save(new_state(), Position(step=1))
+        save(states, new_state(), Position(step=1))
     assert RunFolder(tmp_path).complete_checkpoints() == []
 
 
 def test_half_removed_states_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash while an old state is removed leaves nothing that looks complete."""
     states = states_of(tmp_path, keep=1)
-    states.save(new_state(1), Position(step=1))
+    save(states, new_state(1), Position(step=1))
 
     def crash(path: Path) -> None:
         raise KeyboardInterrupt
@@ -139,7 +147,7 @@ def test_half_removed_states_do_not_count(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
-            states.save(new_state(2), Position(step=2))
+            save(states, new_state(2), Position(step=2))
     assert RunFolder(tmp_path).complete_checkpoints() == [RunFolder(tmp_path).checkpoint(2)]
     assert states.load(new_state(3)) == Position(step=2)
     assert len(list(RunFolder(tmp_path).checkpoints.iterdir())) == 1
@@ -153,14 +161,14 @@ def test_half_removed_states_do_not_count(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_a_foreign_state_is_refused(tmp_path: Path, other: State, words: str) -> None:
-    states_of(tmp_path).save(new_state(), Position(step=1))
+    save(states_of(tmp_path), new_state(), Position(step=1))
     with pytest.raises(ValueError, match=words) as error:
         states_of(tmp_path).load(other)
     assert "another ckpt_output_dir or run_id" in str(error.value)
 
 
 def test_no_pickle_is_written(tmp_path: Path) -> None:
-    path = states_of(tmp_path).save(new_state(), Position(step=1))
+    path = save(states_of(tmp_path), new_state(), Position(step=1))
     assert sorted(file.name for file in path.iterdir()) == [
         "COMPLETE",
         "rank-00000.json",

@@ -64,7 +64,7 @@ def plain_loss(base: Path, model: OSFTModel, prepared: PreparedData) -> float:
     for index in range(len(prepared)):
         ids, labels = prepared.sample(index)
         counted = int((labels != -100).sum())
-        total += float(plain(input_ids=ids[None], labels=labels[None]).loss) * counted
+        total += plain(input_ids=ids[None], labels=labels[None]).loss.item() * counted
     return total / int(prepared.loss_counts.sum())
 
 

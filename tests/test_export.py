@@ -79,7 +79,9 @@ def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert not (out / "pytorch_model.bin").exists()
-    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 3]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == [2, 3]
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [2, 3]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert set(index["weight_map"]) == set(_weights(base))
@@ -88,9 +90,28 @@ def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:
     assert description["base_digest"] == base_digest(base)
     assert description["parent_run"] == "abc"
     assert description["leak"] < 1e-5
+    assert description["leak_exported"] < 1e-3, "the export is float32"
     ranks = description["ranks"]["model.layers.0.mlp.down_proj"]
     assert ranks == {"kept": 22, "free": 10}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_rounding_on_export_is_measured(tmp_path: Path) -> None:
+    """Against the folder itself: what is in it, less the base, in float64."""
+    base = save_tiny_model(tmp_path / "base", "llama")
+    model = _trained(base)
+    export_hf(model, base, tmp_path / "out", ALONE, save_dtype=torch.bfloat16)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    largest = 0.0
+    for target in model.plan.targets:
+        delta = new[target.parameter].double() - old[target.parameter].double()
+        left, _, right = torch.linalg.svd(old[target.parameter].double(), full_matrices=False)
+        kept = target.kept_rank
+        touched = max((left[:, :kept].mT @ delta).norm(), (delta @ right[:kept].mT).norm())
+        largest = max(largest, float(touched / delta.norm()))
+    description = json.loads((tmp_path / "out" / "osft.json").read_text())
+    assert description["leak_exported"] == pytest.approx(largest, rel=1e-4)
+    assert description["leak"] < 1e-5 < 1e-2 < description["leak_exported"]
 
 
 def test_a_known_digest_is_taken(tmp_path: Path) -> None:

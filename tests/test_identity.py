@@ -62,6 +62,9 @@ def named(run_id: str | None, **changes: Any) -> RunParameters:
         ({"max_tokens_per_gpu": 128}, True),
         ({"ckpt_output_dir": "/elsewhere", "data_path": "/moved"}, True),
         ({"wandb_project": "p", "keep_checkpoints": 9, "use_liger": False}, True),
+        ({"validation_split": 0.1}, False),
+        ({"validation_data_path": "v", "validation_frequency": 3}, True),
+        ({"tensorboard": True, "checkpoint_every_minutes": 5.0}, True),
         ({"weight_decay": 0.0}, True),
     ],
 )

@@ -38,7 +38,7 @@ def built(told: TrainingParameters) -> OSFTModel:
     """The model as a run makes it."""
     folder = RunFolder(Path(told.ckpt_output_dir))
     folder.root.mkdir(parents=True, exist_ok=True)
-    prepared = assembly.prepare_data(told, folder, ALONE)
+    prepared, _ = assembly.prepare_data(told, folder, ALONE)
     model, *_ = assembly.build_model(
         told, folder, ALONE, base_digest="base", prepared=prepared, steps=1
     )

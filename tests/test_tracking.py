@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from osft_trainer.config import TrainingParameters
-from osft_trainer.tracking import Tracker, start_wandb
+from osft_trainer.tracking import Tracker
 
 
 def steps(path: Path) -> list[int]:
@@ -51,21 +49,3 @@ def test_a_line_can_be_read_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
     with Tracker(path, 0) as tracker:
         tracker.write({"step": 1})
         assert steps(path) == [1]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_without_wandb_a_project_is_refused(tmp_path: Path) -> None:
-    told = TrainingParameters(
-        model_path="m",
-        data_path="d",
-        ckpt_output_dir="o",
-        unfreeze_rank_ratio=0.5,
-        effective_batch_size=1,
-        max_tokens_per_gpu=8,
-        max_seq_len=8,
-        learning_rate=0.1,
-        wandb_project="p",
-    )
-    with pytest.raises(ValueError, match=r"wandb_project 'p'.*osft\[wandb\]"):
-        start_wandb(told, "id", tmp_path)
-    assert start_wandb(told.model_copy(update={"wandb_project": None}), "id", tmp_path) is None

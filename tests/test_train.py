@@ -56,6 +56,8 @@ def test_a_run_writes_all_that_it_promises(base: Path, tmp_path: Path) -> None:
     assert (result.steps, result.loss, result.final_dir) == (6, rows[-1]["loss"], folder.final)
     assert result.leak is not None
     assert result.leak < 1e-5
+    assert result.leak_exported is not None
+    assert result.leak < result.leak_exported < 1e-2
     assert [path.name for path in folder.complete_checkpoints()] == [
         "step-00000003",
         "step-00000006",
@@ -180,8 +182,8 @@ def test_a_newer_attempt_takes_the_folder_away(
     monkeypatch.setattr(loop_module, "backward", overtaken)
     with pytest.raises(Superseded, match="attempt 2"):
         tiny.run(told)
-    assert steps == 4
-    assert folder.complete_checkpoints() == [folder.checkpoint(2)]
+    # The state of step 2 was being written just then: it may have come to its name or not.
+    assert folder.complete_checkpoints() in ([], [folder.checkpoint(2)])
     assert not folder.final.exists()
 
 
@@ -267,7 +269,7 @@ def test_a_finished_run_returns_at_once(base: Path, tmp_path: Path) -> None:
     again = tiny.run(told)
     assert again.already_finished
     assert not first.already_finished
-    assert (again.steps, again.loss, again.leak) == (first.steps, first.loss, first.leak)
+    assert replace(again, already_finished=False) == first
     assert RunFolder(tmp_path).metrics.read_bytes() == written
 
 

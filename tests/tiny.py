@@ -271,7 +271,7 @@ def _train_rank(parameters: TrainingParameters, die_at_sync: int | None, full_di
     if die_at_sync is not None:
         _die_at_sync(die_at_sync)
     if full_disk:
-        pytest.MonkeyPatch().setattr(shards, "save_file", _no_space)
+        pytest.MonkeyPatch().setattr(shards, "write_tensors", _no_space)
     run(parameters, stop)
 
 

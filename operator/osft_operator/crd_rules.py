@@ -122,6 +122,8 @@ def _of_documents(field: str) -> Rule:
     )
 
 
+_HAS_VALIDATION = "has(self.validationDataPath) || self.validationSplit > 0.0"
+
 _RESERVED_VARIABLE = " || ".join(
     [
         *(f"self.name.startsWith('{prefix}')" for prefix in names.RESERVED_ENVIRONMENT_PREFIXES),
@@ -227,6 +229,42 @@ RULES = [
     ),
     _needs(TRAINING, "wandbEntity", "wandbProject"),
     _needs(TRAINING, "wandbRunName", "wandbProject"),
+    _needs(TRAINING, "mlflowExperimentName", "mlflowTrackingUri"),
+    _needs(TRAINING, "mlflowRunName", "mlflowTrackingUri"),
+    Rule(
+        TRAINING,
+        "!has(self.validationDataPath) || self.validationSplit == 0.0",
+        "validationSplit and validationDataPath exclude each other: keep one of them",
+        ".validationSplit",
+    ),
+    *(
+        Rule(
+            TRAINING,
+            f"{unused} || {_HAS_VALIDATION}",
+            f"{field} has no effect without validation data: set validationSplit or "
+            "validationDataPath",
+            f".{field}",
+        )
+        for field, unused in (
+            ("validationFrequency", "!has(self.validationFrequency)"),
+            ("validateAtEpoch", "!self.validateAtEpoch"),
+            ("saveBestValLoss", "!self.saveBestValLoss"),
+        )
+    ),
+    Rule(
+        TRAINING,
+        "self.valLossImprovementThreshold == 0.0 || self.saveBestValLoss",
+        "valLossImprovementThreshold has no effect without saveBestValLoss: set saveBestValLoss",
+        ".valLossImprovementThreshold",
+    ),
+    Rule(
+        TRAINING,
+        f"!({_HAS_VALIDATION}) || has(self.validationFrequency) || self.validateAtEpoch || "
+        "(self.validateAtFinal && self.trainingMode != 'infinite')",
+        "the validation data is never used: set validationFrequency, validateAtEpoch or "
+        "validateAtFinal (a run without end has no final step)",
+        ".validateAtFinal",
+    ),
     Rule(
         "spec.rendezvous",
         f"self.port != {METRICS_PORT}",

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # Any failure of a rank becomes its last words; none is lost.
     except (Exception, KeyboardInterrupt) as error:
         words = last_words.of_error(error, rank)
-        if words.reason == "Crashed":
+        if words.reason in ("Crashed", "OutOfMemory"):
             traceback.print_exc()
         else:
             print(f"rank {rank}: {words.reason}: {words.message}", file=sys.stderr)

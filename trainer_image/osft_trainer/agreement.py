@@ -1,15 +1,15 @@
 """What the ranks of a run decide together.
 
 Lives here: the few collectives that are not about gradients: a flag, a barrier, work that the first
-rank does for all, a failure of one. Called by `train`, `loop`, `checkpoint`, `decomposition` and
-`worker`. With one rank nothing is sent. Must never be called by some ranks only: the others would
-wait.
+rank does for all, a failure of one. Called by `train`, `loop`, `checkpoint`, `saving`,
+`decomposition` and `worker`. With one rank nothing is sent. Must never be called by some ranks
+only: the others would wait.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -40,6 +40,15 @@ def any_rank(flag: bool, world: World, patient: bool = False) -> bool:
     group = _patient(dist.group.WORLD) if patient else None
     dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=group)
     return bool(sent.item())
+
+
+def any_rank_of_each(flags: Sequence[bool], world: World) -> list[bool]:
+    """Several flags, each as `any_rank`, with one collective."""
+    if world.size == 1:
+        return list(flags)
+    sent = torch.tensor([int(flag) for flag in flags], device=world.device)
+    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in sent.tolist()]
 
 
 def barrier(world: World) -> None:

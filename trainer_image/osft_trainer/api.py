@@ -34,7 +34,7 @@ from osft_trainer.config import (
     unknown_name,
 )
 from osft_trainer.last_words import REPORTS_ENV, LastWords, Result
-from osft_trainer.outcome import Diverged, Preempted
+from osft_trainer.outcome import Diverged, OutOfMemory, Preempted
 from osft_trainer.report import ExitCode, Retention
 from osft_trainer.topology import resolve
 
@@ -55,6 +55,12 @@ class OSFTResult:
     """Part of the update inside the kept subspaces, relative to the update."""
     retention: Retention | None = None
     """Mean token loss on text of the old skills before and after; None without such text."""
+    leak_exported: float | None = None
+    """The same after rounding to the type of the final folder's weights; None without it."""
+    validation_loss: float | None = None
+    """Mean loss per token of the validation data, as last measured; None without such data."""
+    best_validation_loss: float | None = None
+    """The lowest measured, by more than val_loss_improvement_threshold."""
     already_finished: bool = False
     """Whether an earlier call had finished the run, so that nothing was trained now."""
 
@@ -199,18 +205,13 @@ def _error(words: LastWords) -> Exception:
         return Diverged(words.message)
     if words.exit_code == ExitCode.PREEMPTED:
         return Preempted(words.message)
+    if words.reason == "OutOfMemory":
+        return OutOfMemory(f"{words.message} (calling again resumes)")
     return RuntimeError(f"{words.message} (calling again resumes)")
 
 
 def _result(result: Result) -> OSFTResult:
-    return OSFTResult(
-        final_dir=None if result.final_dir is None else Path(result.final_dir),
-        steps=result.steps,
-        loss=result.loss,
-        leak=result.leak,
-        retention=result.retention,
-        already_finished=result.already_finished,
-    )
+    return OSFTResult(**vars(result.to_result()))
 
 
 @contextmanager
@@ -268,6 +269,7 @@ def _documentation() -> str:
         "    ValueError: a value is wrong, or the model, data or run folder cannot be used.",
         "    Diverged: the loss is no finite number any more.",
         "    Preempted: SIGTERM came; the state is saved, and the same call goes on.",
+        "    OutOfMemory: memory ran out; says what to lower.",
         "    RuntimeError: it crashed; the same call goes on from the newest state.",
     ]
     return "\n".join(lines)

@@ -35,21 +35,38 @@ from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder, write_atomically
 from osft_trainer.retention import RetentionText, prepare_retention, rows
 from osft_trainer.targets import Plan, plan_targets
+from osft_trainer.validation import split_off
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_data(training: TrainingParameters, folder: RunFolder, world: World) -> PreparedData:
-    """Tokenise on the first rank, open on the others.
+def prepare_data(
+    training: TrainingParameters, folder: RunFolder, world: World
+) -> tuple[PreparedData, PreparedData | None]:
+    """Tokenise on the first rank, open on the others: what to train on, and to validate on.
 
     Raises:
         ValueError: on every rank, when the data or the tokenizer cannot be used.
     """
+    prepared = _prepared(training, training.data_path, folder, world)
+    if training.validation_split > 0:
+        return split_off(prepared, training.validation_split)
+    if training.validation_data_path is None:
+        return prepared, None
+    try:
+        return prepared, _prepared(training, training.validation_data_path, folder, world)
+    except ValueError as error:
+        text = str(error).removeprefix("data_path").removeprefix(":").lstrip()
+        raise ValueError(f"validation_data_path: {text}") from error
 
+
+def _prepared(
+    training: TrainingParameters, path: str, folder: RunFolder, world: World
+) -> PreparedData:
     def on_first_rank() -> str:
         tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
         prepared = prepare(
-            training.data_path,
+            path,
             tokenizer,
             max_seq_len=training.max_seq_len,
             on_overlong=training.on_overlong,
@@ -70,6 +87,7 @@ def build_model(
     base_digest: str,
     prepared: PreparedData,
     steps: int | None,
+    held_out: PreparedData | None = None,
 ) -> tuple[OSFTModel, str, RetentionText | None]:
     """Load, plan, decompose, convert, shard; plan.json is written on the way.
 
@@ -90,7 +108,7 @@ def build_model(
             f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
             f"{training.other_parameters} leaves nothing to train: raise one of them"
         )
-    _write_plan(plan, prepared, steps, folder, world)
+    _write_plan(plan, prepared, held_out, steps, folder, world)
     liger_off = apply_liger(hf, training.use_liger, world.device)
     if world.rank == 0:
         logger.info("%s", liger_off or "Liger kernels are on")
@@ -177,7 +195,12 @@ def _write_retention(
 
 
 def _write_plan(
-    plan: Plan, prepared: PreparedData, steps: int | None, folder: RunFolder, world: World
+    plan: Plan,
+    prepared: PreparedData,
+    held_out: PreparedData | None,
+    steps: int | None,
+    folder: RunFolder,
+    world: World,
 ) -> None:
     """Put on paper, and in the log, what will be trained on what."""
     counts = prepared.counts
@@ -187,6 +210,8 @@ def _write_plan(
         "processes": world.size,
         "data": {"digest": prepared.digest, **asdict(counts)},
     }
+    if held_out is not None:
+        document["validation"] = {"digest": held_out.digest, **asdict(held_out.counts)}
 
     def on_first_rank() -> str:
         logger.info(

@@ -1,8 +1,9 @@
-"""States to resume from: `checkpoints/step-NNNNNNNN/`, written whole or not at all.
+"""States to resume from: `checkpoints/step-NNNNNNNN/`, there whole or not at all.
 
-Lives here: saving, finding the newest state that is intact, loading it on any number of ranks, and
-removing old ones. Called by `train` and `loop`, by all ranks together. Must never: use pickle,
-leave a half-written folder under a name that counts, or remove the newest state.
+Lives here: giving a written state its name, finding the newest one that is intact, loading it on
+any number of ranks, and removing old ones. Called by `train` (loading, by all ranks together) and
+by `saving`. Must never: use pickle, leave a half-written folder under a name that counts, or remove
+the newest state.
 
 A folder holds `state.json` (where the run stands and whose it is), per rank the files of `shards`,
 and COMPLETE, written last. There is no state of random numbers or of the schedule: both follow from
@@ -21,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from osft_trainer.agreement import any_rank, from_first_rank
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
-from osft_trainer.shards import Trainables, open_shard, read_rows, sync, write_shard
+from osft_trainer.shards import Trainables, open_shard, read_rows, sync
 
 FORMAT = 1
 """Raised when the files change; a state of another format is not read."""
@@ -45,6 +45,12 @@ class Position:
     """Loss tokens of all steps so far."""
     loss: float | None = None
     """Of the last step."""
+    validation_data: str = ""
+    """Digest of the data that the next two belong to."""
+    validation_loss: float | None = None
+    """As last measured."""
+    best_validation_loss: float | None = None
+    """The lowest by more than the threshold."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +73,54 @@ class Checkpoints:
     keep: int
     check_owner: Callable[[], None]
     """Raises Superseded when a newer attempt owns the folder; called on the first rank."""
+    token: str
+    """Of the claim: no other process writes into a work folder of this name."""
     run: Mapping[str, Any] = field(default_factory=dict)
     """What `export_checkpoint` must know of the run, as JSON values."""
 
-    def save(self, state: State, position: Position) -> Path:
-        """Write the state of all ranks, durable when this returns; then remove older ones.
+    def make_work_folder(self, position: Position) -> Path:
+        """An empty folder for the rows of every rank. Collective; the first rank makes it.
 
         Raises:
-            Superseded: on every rank, when a newer attempt owns the folder.
-            OSError: on every rank, when one cannot write.
+            OSError: on every rank, when it cannot be made.
+        """
+        name = f".{self.folder.checkpoint(position.step).name}.{self.token}.partial"
+        work = self.folder.checkpoints / name
+        from_first_rank(self.world, partial(_make_empty, work))
+        return work
+
+    def publish(self, work: Path, position: Position, decomposition: str) -> str:
+        """Give the rows of all ranks their name, durably; then remove older states.
+
+        On the first rank alone, when every rank's rows are on disk; talks to no other rank.
+
+        Raises:
+            Superseded: a newer attempt owns the folder.
+            OSError: it cannot be written.
         """
         target = self.folder.checkpoint(position.step)
-        work = target.with_name(f".{target.name}.attempt-{self.attempt}.partial")
-        from_first_rank(self.world, partial(_make_empty, work))
-        self._write_rows(work, state)
-        from_first_rank(self.world, lambda: self._publish(work, target, state, position))
-        return target
-
-    def _write_rows(self, work: Path, state: State) -> None:
-        """Every rank its own; none goes on before all are done, or when one has failed."""
-        failure: OSError | None = None
-        try:
-            write_shard(work, self.world.rank, state.trainables, state.optimizer)
-        except (OSError, SafetensorError) as error:
-            failure = OSError(f"checkpoint {work}: {error}")
-        if any_rank(failure is not None, self.world, patient=True):
-            raise failure or OSError(f"checkpoint {work}: another rank could not write its rows")
+        meta = {
+            "format": FORMAT,
+            "worldSize": self.world.size,
+            "attempt": self.attempt,
+            "decomposition": decomposition,
+            "position": asdict(position),
+            "run": dict(self.run),
+        }
+        (work / "state.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        sync(work / "state.json")
+        sync(work)
+        self.check_owner()
+        if target.exists():  # without COMPLETE: a crash fell between rename and marker
+            _remove(target)
+        work.rename(target)
+        sync(target.parent)
+        name = mark_complete(target)
+        # Once more: the next owner may have begun to read an older one.
+        self.check_owner()
+        for old in self.folder.complete_checkpoints()[: -self.keep]:
+            _remove(old)
+        return name
 
     def load(self, state: State) -> Position | None:
         """Restore the newest intact state, in place; None when there is none.
@@ -144,28 +172,6 @@ class Checkpoints:
             if rank % self.world.size == self.world.rank and not shard.is_intact():
                 return False
         return True
-
-    def _publish(self, work: Path, target: Path, state: State, position: Position) -> str:
-        meta = {
-            "format": FORMAT,
-            "worldSize": self.world.size,
-            "attempt": self.attempt,
-            "decomposition": state.decomposition,
-            "position": asdict(position),
-            "run": dict(self.run),
-        }
-        (work / "state.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        sync(work / "state.json")
-        sync(work)
-        self.check_owner()
-        if target.exists():  # without COMPLETE: a crash fell between rename and marker
-            _remove(target)
-        work.rename(target)
-        sync(target.parent)
-        name = mark_complete(target)
-        for old in self.folder.complete_checkpoints()[: -self.keep]:
-            _remove(old)
-        return name
 
 
 def mark_complete(folder: Path) -> str:

@@ -156,9 +156,28 @@ class TrainingParameters(Parameters):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you read that code."""
 
+    validation_data_path: Path | None = None
+    """Data in the form of dataPath on which the loss is measured and nothing is learned."""
+    validation_split: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples of dataPath that is held back for this instead. Which ones follows from
+    their content, so a sample stays on its side when others are added."""
+    validation_frequency: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Measure the validation loss every so many optimizer steps."""
+    validate_at_epoch: bool = False
+    """Measure the validation loss at the end of each epoch."""
+    validate_at_final: bool = True
+    """Measure the validation loss after the last optimizer step."""
+    save_best_val_loss: bool = False
+    """Write the model with the lowest validation loss so far to exports/best."""
+    val_loss_improvement_threshold: float = Field(default=0.0, ge=0, le=1e9)
+    """Least fall of the validation loss, in nats per token, that makes a model the best."""
+
     checkpoint_every_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
-    """Save a state to resume from every so many optimizer steps. Absent: only when stopped, and at
-    each epoch if checkpointAtEpoch is set."""
+    """Save a state to resume from every so many optimizer steps; training goes on meanwhile.
+    Absent, and checkpointEveryMinutes too: only when stopped or at the end, and at each epoch if
+    checkpointAtEpoch is set."""
+    checkpoint_every_minutes: float | None = Field(default=None, gt=0, le=1_000_000)
+    """Save such a state when so many minutes have passed since the last one."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
     """How many of these states stay; older ones are removed."""
     checkpoint_at_epoch: bool = False
@@ -174,6 +193,15 @@ class TrainingParameters(Parameters):
     """Weights & Biases team or user."""
     wandb_run_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Name of the Weights & Biases run."""
+    mlflow_tracking_uri: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """MLflow server, or a file: address; credentials come from the environment
+    (MLFLOW_TRACKING_TOKEN, ...)."""
+    mlflow_experiment_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """MLflow experiment. Absent: Default."""
+    mlflow_run_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Name of the MLflow run."""
+    tensorboard: bool = False
+    """Write events for TensorBoard to logs/ in ckptOutputDir."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -247,10 +275,48 @@ class TrainingParameters(Parameters):
         return self
 
     @model_validator(mode="after")
-    def _check_wandb(self) -> Self:
-        for name in ("wandb_entity", "wandb_run_name"):
-            if getattr(self, name) is not None and self.wandb_project is None:
-                raise ValueError(f"{name} has no effect without wandb_project: set wandb_project")
+    def _check_trackers(self) -> Self:
+        for name, needed in (
+            ("wandb_entity", "wandb_project"),
+            ("wandb_run_name", "wandb_project"),
+            ("mlflow_experiment_name", "mlflow_tracking_uri"),
+            ("mlflow_run_name", "mlflow_tracking_uri"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{name} has no effect without {needed}: set {needed}")
+        return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is data to validate on."""
+        return self.validation_data_path is not None or self.validation_split > 0
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        if self.validation_data_path is not None and self.validation_split > 0:
+            raise ValueError(
+                f"validation_split {self.validation_split} and validation_data_path exclude each "
+                "other: keep one of them"
+            )
+        for name in ("validation_frequency", "validate_at_epoch", "save_best_val_loss"):
+            if getattr(self, name) and not self.has_validation:
+                raise ValueError(
+                    f"{name} has no effect without validation data: set validation_split or "
+                    "validation_data_path"
+                )
+        if self.val_loss_improvement_threshold > 0 and not self.save_best_val_loss:
+            raise ValueError(
+                "val_loss_improvement_threshold has no effect without save_best_val_loss: set "
+                "save_best_val_loss"
+            )
+        at_final = self.validate_at_final and self.training_mode != "infinite"
+        if self.has_validation and not (
+            self.validation_frequency or self.validate_at_epoch or at_final
+        ):
+            raise ValueError(
+                "the validation data is never used: set validation_frequency, validate_at_epoch "
+                "or validate_at_final (a run without end has no final step)"
+            )
         return self
 
 

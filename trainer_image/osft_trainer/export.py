@@ -68,7 +68,7 @@ def export_hf(
     """
     base, out = Path(base_path), Path(out_dir)
     dtype = save_dtype or base_dtype(base)
-    leak = model.leak()
+    leaks = {"leak": model.leak(), "leak_exported": model.leak(dtype)}
     failure: OSError | None = None
     temporary = out.with_name(f".{out.name}.writing")
     writer: _ShardWriter | None = None
@@ -89,7 +89,7 @@ def export_hf(
             writer.close()
             _copy_base_files(base, temporary, save_dtype)
             facts = {"base_digest": digest or base_digest(base), **(extra or {})}
-            _write_json(temporary / OSFT_FILE, _description(model, leak, dtype) | facts)
+            _write_json(temporary / OSFT_FILE, _description(model, dtype) | leaks | facts)
             _put_in_place(temporary, out)
         except (OSError, SafetensorError) as error:
             failure = OSError(f"{out}: {error}")
@@ -105,6 +105,14 @@ def run_facts(run_id: str, fingerprint: str, position: Position) -> dict[str, ob
         "loss": position.loss,
         "loss_tokens": position.loss_tokens,
     }
+
+
+def put_back(out: Path) -> str:
+    """Undo an exchange of folders that a crash has cut in two: the older one has its name again."""
+    old = _stepped_aside(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    return str(out)
 
 
 def dense_weights(
@@ -239,14 +247,13 @@ def _group_of(name: str, prefix: str) -> str:
     return f"{prefix}.{name.removeprefix(f'{prefix}.').split('.')[0]}"
 
 
-def _description(model: OSFTModel, leak: float, dtype: torch.dtype) -> dict[str, object]:
+def _description(model: OSFTModel, dtype: torch.dtype) -> dict[str, object]:
     plan = model.plan
     return {
         "unfreeze_rank_ratio": plan.unfreeze_rank_ratio,
         "parameterization": plan.parameterization,
         "other_parameters": plan.other_parameters,
         "dtype": str(dtype).removeprefix("torch."),
-        "leak": leak,
         "ranks": {t.name: {"kept": t.kept_rank, "free": t.free_rank} for t in plan.targets},
     }
 
@@ -278,7 +285,7 @@ def _put_in_place(temporary: Path, out: Path) -> None:
     """Make everything durable, then rename; an older folder steps aside first."""
     for path in [*sorted(temporary.iterdir()), temporary]:
         _sync(path)
-    old = out.with_name(f".{out.name}.old")
+    old = _stepped_aside(out)
     if old.exists():
         shutil.rmtree(old)
     if out.exists():
@@ -287,6 +294,11 @@ def _put_in_place(temporary: Path, out: Path) -> None:
     _sync(out.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _stepped_aside(out: Path) -> Path:
+    """Where the older folder of that name is during the exchange."""
+    return out.with_name(f".{out.name}.old")
 
 
 def _sync(path: Path) -> None:

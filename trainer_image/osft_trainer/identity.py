@@ -43,8 +43,15 @@ NOT_IN_FINGERPRINT = frozenset(
         "use_liger",
         "activation_checkpointing",
         "trust_remote_code",
-        # What is kept beside the result.
+        # What is measured and kept beside the result.
+        "validation_data_path",
+        "validation_frequency",
+        "validate_at_epoch",
+        "validate_at_final",
+        "save_best_val_loss",
+        "val_loss_improvement_threshold",
         "checkpoint_every_steps",
+        "checkpoint_every_minutes",
         "keep_checkpoints",
         "checkpoint_at_epoch",
         "save_final_checkpoint",
@@ -52,6 +59,10 @@ NOT_IN_FINGERPRINT = frozenset(
         "wandb_project",
         "wandb_entity",
         "wandb_run_name",
+        "mlflow_tracking_uri",
+        "mlflow_experiment_name",
+        "mlflow_run_name",
+        "tensorboard",
     }
 )
 """Training parameters that cannot change the trained model. A new one counts until listed here."""
@@ -272,7 +283,7 @@ def _belongings(folder: RunFolder) -> list[Path]:
         folder.metrics,
         folder.progress,
         folder.plan,
-        folder.root / "logs",
+        folder.logs,
         folder.root / "wandb",
         folder.verdict,
         folder.owner,

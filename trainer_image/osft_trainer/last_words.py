@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from osft_trainer.arguments import TrainerArguments
-from osft_trainer.outcome import Diverged, Preempted, Superseded, TrainResult
+from osft_trainer.outcome import (
+    Diverged,
+    NoLossTokens,
+    OutOfMemory,
+    Preempted,
+    Superseded,
+    TrainResult,
+)
 from osft_trainer.report import (
     Document,
     ExitCode,
@@ -43,20 +51,21 @@ class Result(Document):
     loss: float | None = None
     leak: float | None = None
     retention: Retention | None = None
+    leak_exported: float | None = None
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
     already_finished: bool = False
 
     @classmethod
     def of(cls, result: TrainResult) -> Result:
         """Write it down."""
         final = None if result.final_dir is None else str(result.final_dir)
-        return cls(
-            final_dir=final,
-            steps=result.steps,
-            loss=result.loss,
-            leak=result.leak,
-            retention=result.retention,
-            already_finished=result.already_finished,
-        )
+        return cls(**{**asdict(result), "final_dir": final})
+
+    def to_result(self) -> TrainResult:
+        """Back again."""
+        final = None if self.final_dir is None else Path(self.final_dir)
+        return TrainResult(**{**dict(self), "final_dir": final})
 
 
 class LastWords(Document):
@@ -117,12 +126,16 @@ def of_code(code: ExitCode, reason: str, message: str, rank: int = -1) -> LastWo
 
 
 def _classify(error: BaseException) -> tuple[ExitCode, str]:
+    if isinstance(error, NoLossTokens):
+        return ExitCode.BAD_INPUT, "NoLossTokens"
     if isinstance(error, ValueError):
         return ExitCode.BAD_INPUT, "BadInput"
     if isinstance(error, Diverged):
         return ExitCode.DIVERGED, "Diverged"
     if isinstance(error, Preempted | KeyboardInterrupt):
         return ExitCode.PREEMPTED, "Preempted"
+    if isinstance(error, OutOfMemory):
+        return ExitCode.TRY_AGAIN, "OutOfMemory"
     if isinstance(error, Superseded):
         return ExitCode.TRY_AGAIN, "TryAgain"
     return ExitCode.TRY_AGAIN, "Crashed"

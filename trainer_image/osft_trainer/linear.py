@@ -134,14 +134,20 @@ class SubspaceWeight(nn.Module):
         return full(self.base) + self._whole_delta()
 
     @torch.no_grad()
-    def leak(self) -> float:
+    def leak(self, exported: torch.dtype | None = None) -> float:
         """Largest share of the update that touches kept directions, in float64; 0 without update.
+
+        `exported` takes the update that is left when W + dW is rounded to that type: the rounding
+        does not know the subspaces.
 
         max(|U_h^T dW|, |dW V_h^T|) / |dW| (Frobenius). Where a kept basis is not stored, the kept
         part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. A split by the inputs keeps
         directions on one side only. Collective when sharded.
         """
-        delta = self._whole_delta(torch.float64)
+        if exported is None:
+            delta = self._whole_delta(torch.float64)
+        else:
+            delta = self.dense().to(exported).double() - full(self.base).double()
         total = delta.norm()
         if total == 0:
             return 0.0

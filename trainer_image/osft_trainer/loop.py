@@ -11,36 +11,36 @@ random numbers of a step follow from seed, step and rank, so that a resumed run 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from osft_trainer.agreement import any_rank
-from osft_trainer.checkpoint import Checkpoints, Position, State
+from osft_trainer.agreement import any_rank_of_each
+from osft_trainer.checkpoint import Position, State
 from osft_trainer.config import TrainingParameters
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import set_learning_rate
-from osft_trainer.outcome import Diverged
+from osft_trainer.outcome import Diverged, NoLossTokens
 from osft_trainer.packing import GlobalBatch, batches, batches_per_epoch
 from osft_trainer.parallel import World, clip_gradients, set_gradient_sync, sum_over_ranks
 from osft_trainer.prefetch import prefetched
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
+from osft_trainer.saving import Saver
 from osft_trainer.schedule import LearningRates
 from osft_trainer.tracking import Tracker
+from osft_trainer.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-_LOG_SECONDS = 10.0
-"""Least time between two lines of the log about steps."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ class Loop:
     prepared: PreparedData
     rates: LearningRates
     total_steps: int | None
-    checkpoints: Checkpoints
+    saver: Saver
     tracker: Tracker | None
     """On the first rank only."""
     reporter: Reporter
     stop: threading.Event
     export_epoch: Callable[[OSFTModel, Position], None]
     """Writes the model at the end of an epoch; collective."""
+    validation: Validation | None
 
     def run(self, position: Position) -> tuple[Position, bool]:
         """Train from a position to the end of the run, or until a stop is asked for.
@@ -80,24 +81,40 @@ class Loop:
 
         Raises:
             Diverged: a loss or gradient is not finite; the weights are those of the step before.
+            NoLossTokens: a batch has nothing to learn from.
+            OSError, Superseded: a state could not be saved.
         """
-        saved_step = position.step
-        last_log = -math.inf
-        for batch in self._batches(position):
-            if any_rank(self.stop.is_set(), self.world):
-                self._save_if_new(position, saved_step)
-                return position, True
-            done = self._step(batch, position)
-            position = _after(position, batch, done)
-            self._record(batch, position, done)
-            if time.monotonic() - last_log >= _LOG_SECONDS:
-                last_log = time.monotonic()
-                self._log(position, done)
-            if self._after_step(batch, position):
-                saved_step = position.step
+        try:
+            for batch in self._batches(position):
+                if self._between_steps(position):
+                    self._finish_saving(position)
+                    return position, True
+                done = self._step(batch, position)
+                position = self._validated(batch, _after(position, batch, done))
+                self._record(batch, position, done)
+                self._after_step(batch, position)
+        except (Diverged, NoLossTokens):
+            # Every rank is here, and the state in flight is a good one: of a step before.
+            with contextlib.suppress(OSError):
+                self.saver.finish()
+            raise
         # Always: the export may be killed, meet a full disk, or outlast a stop's patience.
-        self._save_if_new(position, saved_step)
+        self._finish_saving(position)
         return position, False
+
+    def _between_steps(self, position: Position) -> bool:
+        """What ranks must agree on, in one exchange; whether to stop."""
+        mine = [
+            self.stop.is_set(),
+            self.saver.is_writing,
+            self.saver.has_failed,
+            self.saver.is_due_now(position.step),
+        ]
+        stop, writing, failed, is_due = any_rank_of_each(mine, self.world)
+        self.saver.advance(writing, failed)
+        if is_due and not stop:
+            self._begin_saving(position)
+        return stop
 
     def _batches(self, position: Position) -> Iterator[GlobalBatch]:
         found = batches(
@@ -115,6 +132,12 @@ class Loop:
 
     def _step(self, batch: GlobalBatch, position: Position) -> Step:
         begin = time.monotonic()
+        if batch.loss_tokens == 0:
+            raise NoLossTokens(
+                f"data_path: step {position.step + 1} (epoch {batch.epoch + 1}, batch "
+                f"{batch.index + 1}) has {batch.samples} samples and no token that counts for the "
+                "loss: remove samples whose labels are all -100, or raise effective_batch_size"
+            )
         rate = self.rates(position.step)
         set_learning_rate(self.state.optimizer, rate)
         seed_step(self.training.seed, position.step, self.world.rank)
@@ -150,6 +173,8 @@ class Loop:
             }
             if self.total_steps is not None:
                 row["totalSteps"] = self.total_steps
+            if self._is_validated(batch, position) and position.validation_loss is not None:
+                row["validationLoss"] = position.validation_loss
             self.tracker.write(row)
         self.reporter.update(
             phase="Training",
@@ -161,44 +186,37 @@ class Loop:
             tokens_per_second=speed,
         )
 
-    def _log(self, position: Position, done: Step) -> None:
-        if self.world.rank == 0:
-            of_all = "" if self.total_steps is None else f" of {self.total_steps}"
-            logger.info(
-                "step %d%s: loss %.4f, learning rate %.3g, gradient norm %.3g",
-                position.step,
-                of_all,
-                done.loss,
-                done.learning_rate,
-                done.grad_norm,
-            )
+    def _is_validated(self, batch: GlobalBatch, position: Position) -> bool:
+        """Whether the loss on the validation data is measured after this step."""
+        return self.validation is not None and self.validation.is_due(
+            position.step, batch.is_last, position.step == self.total_steps
+        )
 
-    def _after_step(self, batch: GlobalBatch, position: Position) -> bool:
+    def _validated(self, batch: GlobalBatch, position: Position) -> Position:
+        """Measure if it is due; the model is written when it is the best."""
+        if self.validation is None or not self._is_validated(batch, position):
+            return position
+        self.reporter.update(phase="Validating")
+        return self.validation.measure(position, self.saver.finish)
+
+    def _after_step(self, batch: GlobalBatch, position: Position) -> None:
         """Export and save what is due. The export comes first: a state says that it is there."""
         epoch_ends = batch.is_last and self.training.checkpoint_at_epoch
-        every = self.training.checkpoint_every_steps
         if epoch_ends:
+            # An export may be long, and two writers would share the disk.
+            self.saver.finish()
             self.export_epoch(self.model, position)
-        due = epoch_ends or (every is not None and position.step % every == 0)
-        if due:
-            self._save(position)
-        return due
+        if epoch_ends or self.saver.is_due_at(position.step):
+            self._begin_saving(position)
 
-    def _save_if_new(self, position: Position, saved_step: int) -> None:
-        if position.step > saved_step:
-            self._save(position)
-
-    def _save(self, position: Position) -> None:
-        """Save a state to resume from and say so."""
+    def _begin_saving(self, position: Position) -> None:
         self.reporter.update(phase="Saving")
-        if self.tracker is not None:
-            self.tracker.sync()
-        path = self.checkpoints.save(self.state, position)
-        if self.world.rank == 0:
-            logger.info("saved the state after step %d in %s", position.step, path)
-        self.reporter.update(
-            phase="Training", latest_checkpoint=str(path), latest_checkpoint_step=position.step
-        )
+        self.saver.begin(self.state, position)
+        self.reporter.update(phase="Training")
+
+    def _finish_saving(self, position: Position) -> None:
+        self.reporter.update(phase="Saving")
+        self.saver.finish_with(self.state, position)
 
     @property
     def _batches_per_epoch(self) -> int:
@@ -206,7 +224,8 @@ class Loop:
 
 
 def _after(position: Position, batch: GlobalBatch, done: Step) -> Position:
-    return Position(
+    return replace(
+        position,
         step=position.step + 1,
         epoch=batch.epoch,
         batch=batch.index + 1,

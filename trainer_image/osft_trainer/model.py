@@ -73,9 +73,12 @@ class OSFTModel(nn.Module):
         """Form the effective weights. Enough where the values are projected already."""
         projection.refresh([subspace for _, subspace in self.subspaces()])
 
-    def leak(self) -> float:
-        """Largest relative leak into kept directions of all targets; collective when sharded."""
-        return max((subspace.leak() for _, subspace in self.subspaces()), default=0.0)
+    def leak(self, exported: torch.dtype | None = None) -> float:
+        """Largest relative leak into kept directions of all targets; collective when sharded.
+
+        Of the update as it is trained, or as weights of type `exported` hold it.
+        """
+        return max((subspace.leak(exported) for _, subspace in self.subspaces()), default=0.0)
 
 
 def load_model(

@@ -17,6 +17,14 @@ class Diverged(RuntimeError):
     """Loss or gradient is no finite number any more; a retry would end the same way."""
 
 
+class NoLossTokens(ValueError):
+    """An optimizer step has nothing to learn from; a retry would end the same way."""
+
+
+class OutOfMemory(RuntimeError):
+    """A device or the host has no memory left for a step. Another try may find more of it."""
+
+
 class Preempted(RuntimeError):
     """A stop was asked for; what can be resumed is saved."""
 
@@ -39,5 +47,11 @@ class TrainResult:
     """Part of the update inside the kept subspaces, relative to the update; see `linear`."""
     retention: Retention | None = None
     """Loss on text of the old skills before and after; None without such text."""
+    leak_exported: float | None = None
+    """The same after rounding to the type of the final folder's weights; None without it."""
+    validation_loss: float | None = None
+    """Mean loss per token of the validation data, as last measured; None without such data."""
+    best_validation_loss: float | None = None
+    """The lowest measured, by more than val_loss_improvement_threshold."""
     already_finished: bool = False
     """Whether an earlier call had finished the run, so that nothing was trained now."""

@@ -164,12 +164,12 @@ class Report:
         steps = "without end" if self.steps is None else f"{self.steps:,}"
         yield f"optimizer steps: {steps} ({self.steps_per_epoch:,} an epoch)"
         yield (
-            f"samples: {counts.samples:,} of {counts.conversations:,} conversations, "
+            f"samples: {counts.samples:,} of {counts.rows:,} rows, "
             f"{counts.tokens:,} tokens, {counts.loss_tokens:,} of them with loss"
         )
         yield (
             f"dropped: {counts.dropped_overlong:,} too long, {counts.dropped_empty:,} without loss "
-            f"tokens; cut: {counts.truncated:,}"
+            f"tokens, {counts.skipped_bad:,} bad; cut: {counts.truncated:,}"
         )
 
 
@@ -201,7 +201,7 @@ def make_report(
     hf = empty_model(base, dtype, training.trust_remote_code)
     plan = plan_of(hf, training)
     folder = RunFolder(Path(training.ckpt_output_dir))
-    prepared = prepare_data(training, folder, world)
+    prepared, _ = prepare_data(training, folder, world)
     if training.retention_data_path is not None:
         prepare_retention(training, folder, world, hf)
     steps = total_steps(training, prepared)

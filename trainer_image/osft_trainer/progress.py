@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from osft_trainer.report import Progress, RunFolder, write_atomically
+from osft_trainer.report import Metric, Progress, RunFolder, write_atomically
 
 WRITE_INTERVAL_SECONDS = 1.0
 """progress.json is written at most this often, unless something of note happened."""
@@ -39,11 +39,14 @@ class Reporter:
         rank: int,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        show: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Begin in phase Starting; nothing is written yet."""
+        """Begin in phase Starting; nothing is written yet. `show` is called after each change."""
         self._folder = folder
         self._clock = clock
         self._monotonic = monotonic
+        self._show = show
+        self._owns_file = True
         self._written_at = -math.inf
         self._step_at: float | None = None
         self._seconds_per_step: float | None = None
@@ -69,6 +72,20 @@ class Reporter:
         of_note = any(getattr(before, name) != getattr(self._current, name) for name in _OF_NOTE)
         if of_note or self._monotonic() - self._written_at >= WRITE_INTERVAL_SECONDS:
             self._write()
+        self._show(self._current)
+
+    def measured(self, **numbers: float | None) -> None:
+        """Set further numbers by name, beside those that are there; None takes one away."""
+        found = {metric.name: metric.value for metric in self._current.metrics}
+        for name, number in numbers.items():
+            found.pop(name, None)
+            if number is not None and math.isfinite(number):
+                found[name] = f"{number:.6g}"
+        self.update(metrics=[Metric(name=n, value=v) for n, v in found.items()])
+
+    def leave_file(self) -> None:
+        """Write no more: the folder is another's."""
+        self._owns_file = False
 
     def close(self) -> None:
         """Write the last state of things."""
@@ -97,7 +114,7 @@ class Reporter:
 
     def _write(self) -> None:
         self._written_at = self._monotonic()
-        if self._current.global_rank != 0:
+        if self._current.global_rank != 0 or not self._owns_file:
             return
         try:
             write_atomically(self._folder.progress, self._current.to_json() + "\n")

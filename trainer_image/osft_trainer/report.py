@@ -110,7 +110,7 @@ class Progress(Document):
     global_rank: Count = 0
     """Rank that serves the document; only rank 0's counts are used."""
     phase: Annotated[str, Field(max_length=32)] = "Starting"
-    """Starting, Preparing, Training, Saving, Done."""
+    """Starting, Preparing, Training, Validating, Saving, Done."""
     step: Count = 0
     """Optimizer steps done."""
     total_steps: Count | None = None
@@ -147,7 +147,8 @@ class Termination(Document):
     """The last words of a trainer process, written to the termination log."""
 
     reason: Annotated[str, Field(max_length=64)]
-    """CamelCase word: Done, BadInput, Diverged, TryAgain, Preempted, Crashed."""
+    """CamelCase word: Done, AlreadyFinished, BadInput, NoLossTokens, Diverged, OutOfMemory,
+    TryAgain, Preempted, Crashed."""
     exit_code: int
     """Exit code of the process."""
     message: Annotated[str, Field(max_length=2048)] = ""
@@ -224,6 +225,16 @@ class RunFolder:
     def export_of_epoch(self, epoch: int) -> Path:
         """Model after an epoch, as a Hugging Face folder."""
         return self.root / "exports" / f"epoch-{epoch:04d}"
+
+    @property
+    def best_export(self) -> Path:
+        """Model with the lowest validation loss, as a Hugging Face folder."""
+        return self.root / "exports" / "best"
+
+    @property
+    def logs(self) -> Path:
+        """Events for TensorBoard."""
+        return self.root / "logs"
 
     @property
     def final(self) -> Path:

@@ -1,8 +1,9 @@
 """The rows of the training state that one rank holds, in one safetensors file.
 
-Lives here: which rows a rank has, writing them with AdamW's state, and reading any rows back from
-the files of any number of ranks. Called by `checkpoint`. Must never: use pickle, or gather a whole
-parameter.
+Lives here: which rows a rank has, copying them to host memory with AdamW's state, writing such a
+copy, and reading any rows back from the files of any number of ranks. Called by `saving` (copying;
+writing on a thread of its own) and `checkpoint` (reading). Must never: use pickle, gather a whole
+parameter, or hold the interpreter while bytes travel: the training goes on beside the writing.
 
 A file holds, for each trained parameter, `value/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`: this
 rank's rows (dimension 0, as FSDP2 shards) in float32. Beside it lies a JSON file with the row
@@ -19,15 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Trainables = Mapping[str, nn.Parameter]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter that has its shape."""
+
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+"""Names in safetensors of the types that trainables have."""
+
+_PIECE_BYTES = 16 * 2**20
+"""Hashed and written at once: what the hash has read is still in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -56,30 +63,102 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.safetensors"
 
 
-def write_shard(
-    folder: Path, rank: int, trainables: Trainables, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write this rank's rows and their description, and force both to disk."""
+@dataclass(frozen=True)
+class Rows:
+    """A copy in host memory of the rows that one rank holds, taken between two steps."""
+
+    tensors: dict[str, Tensor]
+    """As the file holds them."""
+    rows: dict[str, tuple[int, int]]
+    shapes: dict[str, list[int]]
+    steps: dict[str, float]
+
+
+class HostCopy:
+    """Takes such copies, always into the same memory: fresh pages cost more than copying does."""
+
+    def __init__(self) -> None:
+        """Nothing is reserved before the first copy."""
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, trainables: Trainables, optimizer: torch.optim.Optimizer) -> Rows:
+        """Copy this rank's rows now. What the last call returned is overwritten."""
+        counts: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in trainables.items():
+            state = optimizer.state.get(parameter, {})
+            tensors[f"value/{name}"] = self._copy(f"value/{name}", parameter)
+            for moment in MOMENTS if state else ():
+                tensors[f"{moment}/{name}"] = self._copy(f"{moment}/{name}", state[moment])
+            if state:
+                counts[name] = state["step"]
+        # One transfer: on a device each count would be waited for.
+        numbers = torch.stack(list(counts.values())).tolist() if counts else []
+        if any(parameter.device.type == "cuda" for parameter in trainables.values()):
+            torch.cuda.current_stream().synchronize()
+        return Rows(
+            tensors,
+            {name: rows_of(parameter) for name, parameter in trainables.items()},
+            {name: list(parameter.shape) for name, parameter in trainables.items()},
+            dict(zip(counts, numbers, strict=True)),
+        )
+
+    def _copy(self, key: str, source: Tensor) -> Tensor:
+        found = _local(source).detach()
+        memory = self._memory.get(key)
+        if memory is None:
+            # Pinned memory is what a device copies into at full speed.
+            pinned = found.device.type == "cuda"
+            memory = torch.empty(found.shape, dtype=found.dtype, pin_memory=pinned)
+            self._memory[key] = memory
+        return memory.copy_(found, non_blocking=True)
+
+
+def write_rows(folder: Path, rank: int, copied: Rows) -> None:
+    """Write a copy and its description, and force both to disk."""
     path = file_of(folder, rank)
-    tensors: dict[str, Tensor] = {}
-    steps: dict[str, float] = {}
-    for name, parameter in trainables.items():
-        state = optimizer.state.get(parameter, {})
-        tensors[f"value/{name}"] = _local(parameter)
-        tensors.update({f"{moment}/{name}": _local(state[moment]) for moment in MOMENTS if state})
-        if state:
-            steps[name] = float(state["step"])
-    save_file({key: part.detach().cpu().contiguous() for key, part in tensors.items()}, path)
+    sha256 = write_tensors(path, copied.tensors)
     sync(path)
     description = {
-        "rows": {name: rows_of(parameter) for name, parameter in trainables.items()},
-        "shapes": {name: list(parameter.shape) for name, parameter in trainables.items()},
-        "steps": steps,
+        "rows": copied.rows,
+        "shapes": copied.shapes,
+        "steps": copied.steps,
         "size": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256,
     }
     path.with_suffix(".json").write_text(json.dumps(description), encoding="utf-8")
     sync(path.with_suffix(".json"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file piece by piece; its sha256 is worked out on the way.
+
+    The package's own `save_file` copies everything once more and holds the interpreter meanwhile.
+    """
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
+    with path.open("wb") as file:
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for raw in [head, *map(_bytes_of, tensors.values())]:
+            for at in range(0, len(raw), _PIECE_BYTES):
+                sha256.update(raw[at : at + _PIECE_BYTES])
+                file.write(raw[at : at + _PIECE_BYTES])
+    return sha256.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's memory, not a copy."""
+    return tensor.numpy().reshape(-1).view(np.uint8).data
 
 
 def open_shard(folder: Path, rank: int) -> Shard | None:

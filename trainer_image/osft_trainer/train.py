@@ -8,37 +8,39 @@ never: read the environment, start processes, or map exceptions to exit codes.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from pydantic.alias_generators import to_camel
 
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.assembly import build_model, compute_dtype, prepare_data
-from osft_trainer.checkpoint import Checkpoints, Position, State, mark_complete
+from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.config import TrainingParameters
 from osft_trainer.evaluation import mean_loss
-from osft_trainer.export import OSFT_FILE, export_hf, run_facts
 from osft_trainer.export_checkpoint import RunRecord
 from osft_trainer.identity import Claim, check_owner
 from osft_trainer.loop import Loop
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.outcome import Preempted, TrainResult
+from osft_trainer.outputs import Outputs, facts_of
 from osft_trainer.packing import batches_per_epoch
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
 from osft_trainer.report import Metric, Retention, RunFolder, metric_lines
 from osft_trainer.retention import RetentionText
+from osft_trainer.saving import Saver
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.targets import Plan
-from osft_trainer.tracking import Tracker, start_wandb
+from osft_trainer.trackers import start_services
+from osft_trainer.tracking import Tracker
+from osft_trainer.validation import Validation, for_data
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def train(
     if claim.state == "finished" and training.training_mode != "infinite":
         return run.finished()
     reporter.update(phase="Preparing")
-    prepared = prepare_data(training, folder, world)
+    prepared, held_out = prepare_data(training, folder, world)
     steps = total_steps(training, prepared)
     # Before the model is read: a wrong schedule shall not cost minutes.
     rates = learning_rates(training, steps)
@@ -86,13 +88,15 @@ def train(
         world,
         base_digest=claim.base_digest,
         prepared=prepared,
+        held_out=held_out,
         steps=steps,
     )
     # Before a state is loaded: of the base model, also when the run goes on.
     before = run.retention_loss(model, text)
     state = run.state(model, digest)
     checkpoints = run.checkpoints(model.plan)
-    start = run.resume(model, state, checkpoints)
+    validation = run.validation(model, held_out)
+    start = run.resume(model, state, checkpoints, validation)
     with run.tracker(start) as tracker:
         loop = Loop(
             training=training,
@@ -102,11 +106,12 @@ def train(
             prepared=prepared,
             rates=rates,
             total_steps=steps,
-            checkpoints=checkpoints,
+            saver=run.saver(checkpoints, start, tracker),
             tracker=tracker,
             reporter=reporter,
             stop=stop,
-            export_epoch=run.export_epoch,
+            export_epoch=run.outputs.write_epoch,
+            validation=validation,
         )
         end, stopped = loop.run(start)
         return run.finish(model, start, end, stopped, text, before)
@@ -123,6 +128,11 @@ class _Run:
     stop: threading.Event
     world: World
 
+    @property
+    def outputs(self) -> Outputs:
+        """The model folders."""
+        return Outputs(self.training, self.folder, self.claim, self.world)
+
     def say(self, text: str, *values: object) -> None:
         """Log a line, once for all ranks."""
         if self.world.rank == 0:
@@ -135,8 +145,8 @@ class _Run:
         steps, loss = (int(rows[-1]["step"]), rows[-1]["loss"]) if rows else (0, None)
         self.say("the run is finished already: %s", final)
         self.reporter.update(phase="Done", step=steps, loss=loss, final=str(final))
-        leak, retention = self._told_by_export()
-        return TrainResult(final, steps, loss, leak, retention, already_finished=True)
+        facts = self.outputs.facts_of_final()
+        return TrainResult(final, steps, loss, already_finished=True, **_measured(facts))
 
     def retention_loss(
         self, model: OSFTModel, text: RetentionText | None, before: Retention | None = None
@@ -185,15 +195,48 @@ class _Run:
             world=self.world,
             attempt=self.claim.attempt,
             keep=self.training.keep_checkpoints,
-            check_owner=self._check_owner,
+            check_owner=lambda: check_owner(self.folder, self.claim),
+            token=self.claim.token,
             run=self._record(plan).model_dump(mode="json"),
         )
 
-    def resume(self, model: OSFTModel, state: State, checkpoints: Checkpoints) -> Position:
+    def saver(self, checkpoints: Checkpoints, start: Position, tracker: Tracker | None) -> Saver:
+        """Writes states, and says which is the newest."""
+
+        def on_saved(position: Position, path: Path) -> None:
+            self.say("saved the state after step %d in %s", position.step, path)
+            self.reporter.update(latest_checkpoint=str(path), latest_checkpoint_step=position.step)
+
+        return Saver(
+            checkpoints,
+            self.training,
+            start.step,
+            before_publish=(lambda: None) if tracker is None else tracker.sync,
+            on_saved=on_saved,
+        )
+
+    def validation(self, model: OSFTModel, held_out: PreparedData | None) -> Validation | None:
+        """The validation on these data; None without any."""
+        if held_out is None:
+            return None
+        return Validation(
+            self.training, self.world, model, held_out, self.reporter, self.outputs.write_best
+        )
+
+    def resume(
+        self,
+        model: OSFTModel,
+        state: State,
+        checkpoints: Checkpoints,
+        validation: Validation | None,
+    ) -> Position:
         """Load the newest state, if there is one."""
         position = checkpoints.load(state)
-        if position is None:
-            return Position()
+        self.outputs.mend()
+        position, is_new = position or Position(), position is None
+        position = for_data(position, validation)
+        if is_new:
+            return position
         # Saved values are projected already: doing it again would change their last bits.
         model.refresh()
         path = self.folder.checkpoint(position.step)
@@ -204,6 +247,8 @@ class _Run:
             latest_checkpoint=str(path),
             latest_checkpoint_step=position.step,
         )
+        if validation is not None:
+            validation.tell(position)
         return position
 
     def tracker(self, position: Position) -> contextlib.AbstractContextManager[Tracker | None]:
@@ -211,8 +256,11 @@ class _Run:
         made: list[Tracker] = []
 
         def on_first_rank() -> str:
-            wandb_run = start_wandb(self.training, self.claim.run_id, self.folder.root)
-            made.append(Tracker(self.folder.metrics, position.step, wandb_run))
+            folder = self.folder
+            services = start_services(
+                self.training, self.claim.run_id, folder.root, folder.logs, position.step
+            )
+            made.append(Tracker(folder.metrics, position.step, services))
             return ""
 
         from_first_rank(self.world, on_first_rank)
@@ -234,44 +282,21 @@ class _Run:
         if not stopped or (endless and end.step > 0):
             retention = self.retention_loss(model, text, before)
         if (not stopped or (endless and end.step > 0)) and self.training.save_final_checkpoint:
-            final = self.folder.final
             self.reporter.update(phase="Saving")
-            self._export(model, final, end, retention)
+            final = self.outputs.write_final(model, end, retention)
         if stopped:
             raise Preempted(
                 f"stopped after step {end.step}; "
                 + ("the state is saved and the run can go on" if end.step else "nothing was done")
             )
-        leak = model.leak() if final is None else self._told_by_export()[0]
+        if final is None:
+            facts = {"leak": model.leak(), **facts_of(end, retention)}
+        else:
+            facts = self.outputs.facts_of_final()
         self.reporter.update(phase="Done", final=None if final is None else str(final))
         return TrainResult(
-            final, end.step, end.loss, leak, retention, already_finished=end == start
+            final, end.step, end.loss, already_finished=end == start, **_measured(facts)
         )
-
-    def export_epoch(self, model: OSFTModel, position: Position) -> None:
-        """Write the model at the end of an epoch to exports/."""
-        self._export(model, self.folder.export_of_epoch(position.epoch + 1), position)
-
-    def _export(
-        self, model: OSFTModel, out: Path, position: Position, retention: Retention | None = None
-    ) -> None:
-        training = self.training
-        from_first_rank(self.world, self._owner_is_checked)
-        dtype = None if training.save_dtype is None else getattr(torch, training.save_dtype)
-        facts = run_facts(self.claim.run_id, self.claim.fingerprint, position)
-        if retention is not None:
-            facts["retention"] = retention.model_dump(by_alias=True, exclude_none=True)
-        export_hf(
-            model,
-            training.model_path,
-            out,
-            self.world,
-            dtype,
-            facts,
-            digest=self.claim.base_digest,
-        )
-        from_first_rank(self.world, lambda: mark_complete(out))
-        self.say("wrote the model after step %d to %s", position.step, out)
 
     def _record(self, plan: Plan) -> RunRecord:
         """What makes a state exportable without its run."""
@@ -286,16 +311,10 @@ class _Run:
             importance=plan.importance,
         )
 
-    def _check_owner(self) -> None:
-        check_owner(self.folder, self.claim)
 
-    def _owner_is_checked(self) -> str:
-        self._check_owner()
-        return ""
-
-    def _told_by_export(self) -> tuple[float | None, Retention | None]:
-        """Leak and retention as the export has them, given to every rank."""
-        path = self.folder.final / OSFT_FILE
-        told = json.loads(from_first_rank(self.world, lambda: path.read_text(encoding="utf-8")))
-        kept = told.get("retention")
-        return told.get("leak"), None if kept is None else Retention.model_validate(kept)
+def _measured(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a result holds beside steps and loss, from the words of osft.json."""
+    names = ("leak", "leak_exported", "validation_loss", "best_validation_loss")
+    kept = facts.get("retention")
+    found: dict[str, Any] = {name: facts.get(name) for name in names}
+    return {**found, "retention": None if kept is None else Retention.model_validate(kept)}

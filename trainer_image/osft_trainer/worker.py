@@ -11,10 +11,13 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
 from osft_trainer.arguments import TrainerArguments
@@ -29,12 +32,13 @@ from osft_trainer.identity import (
     write_verdict,
 )
 from osft_trainer.last_words import of_error
-from osft_trainer.outcome import Diverged, TrainResult
+from osft_trainer.outcome import Diverged, OutOfMemory, Superseded, TrainResult
 from osft_trainer.parallel import World, stop_world
 from osft_trainer.progress import Reporter
 from osft_trainer.report import POD_IP_ENV, ExitCode, RunFolder, Verdict
 from osft_trainer.server import Server
 from osft_trainer.shared_folder import probe
+from osft_trainer.terminal import Display, display
 from osft_trainer.train import train
 
 logger = logging.getLogger(__name__)
@@ -57,14 +61,17 @@ def run(
 
     Raises:
         ValueError: bad input; a verdict is left in the run folder.
-        Diverged, Preempted, Superseded: see `outcome`.
+        Diverged, Preempted, Superseded, OutOfMemory: see `outcome`.
     """
     folder = RunFolder(Path(arguments.training.ckpt_output_dir))
     probe(folder.root, world)
     arguments = _with_local_model(arguments, world)
     mine = _claim_together(arguments, folder, world)
     try:
-        with _reporting(arguments, folder, mine, world, environ) as reporter:
+        with (
+            _reporting(arguments, folder, mine, world, environ) as reporter,
+            _naming_lack_of_memory(arguments, reporter),
+        ):
             result = train(
                 arguments,
                 folder=folder,
@@ -139,7 +146,9 @@ def _reporting(
     environ: Mapping[str, str],
 ) -> Iterator[Reporter]:
     """Progress in a file, and on a port where one is given, as long as the training lasts."""
-    reporter = Reporter(folder, mine.run_id, mine.attempt, world.rank)
+    shown: Display | None = display(sys.stderr) if world.rank == 0 else None
+    show = (lambda progress: None) if shown is None else shown.show
+    reporter = Reporter(folder, mine.run_id, mine.attempt, world.rank, show=show)
     server = None
     if arguments.launch.metrics_port is not None and world.local_rank == 0:
         address = environ.get(POD_IP_ENV) or "127.0.0.1"
@@ -153,10 +162,41 @@ def _reporting(
             )
     try:
         yield reporter
+    except Superseded:
+        reporter.leave_file()
+        raise
     finally:
         reporter.close()
+        if shown is not None:
+            shown.close()
         if server is not None:
             server.close()
+
+
+@contextlib.contextmanager
+def _naming_lack_of_memory(arguments: TrainerArguments, reporter: Reporter) -> Iterator[None]:
+    """Say what was done when memory ran out, and what makes it last."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_device = isinstance(error, torch.OutOfMemoryError)
+        # The CPU's allocator has no exception of its own.
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not on_device and not on_host:
+            raise
+        now = reporter.current()
+        training = arguments.training
+        cures = [f"lower max_tokens_per_gpu (now {training.max_tokens_per_gpu})"]
+        if not training.activation_checkpointing:
+            cures.append("set activation_checkpointing")
+        cures.append("train on more processes, which share the model")
+        if on_host:
+            cures.append("raise the memory limit of the pod")
+        said = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise OutOfMemory(
+            f"{'the GPU' if on_device else 'the host'} has no memory left for phase {now.phase} "
+            f"after step {now.step} ({said}): {', or '.join(cures)}"
+        ) from error
 
 
 def _leave_verdict(folder: RunFolder, mine: Claim, error: ValueError | Diverged) -> None:

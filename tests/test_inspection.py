@@ -98,7 +98,7 @@ def test_plan_reads_the_job_as_run_does(volumes: Path, tmp_path: Path) -> None:
     assert found["processes"] == 4
     assert found["device"] == "cpu"
     assert found["model_path"] == str(volumes / "models" / "tiny")
-    assert found["data"]["conversations"] == 22
+    assert found["data"]["rows"] == 22
     assert found["steps"] == 6
     assert all(0.9 < target["energy_kept"] < 1 for target in found["targets"])
     # The run's own folder, so that the run finds what was tokenised.

@@ -145,7 +145,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_worth_another_try(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_space(*_: object) -> None:
+    def no_space(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(decomposition, "save_file", no_space)

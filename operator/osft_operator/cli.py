@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("file", help="OSFTJob as YAML, or - for standard input")
     _add_volumes(run)
     run.add_argument("--quiet", action="store_true", help="no progress bar, only the status")
-    plan = commands.add_parser("plan", help="print what the run of an OSFTJob would do")
+    plan = commands.add_parser(
+        "plan",
+        help="print what the run of an OSFTJob would do",
+        description="Print what the run of an OSFTJob would do. Its data are tokenised into the "
+        "run's cache, where the run finds them.",
+    )
     plan.set_defaults(action=_plan)
     plan.add_argument("file", help="OSFTJob as YAML, or - for standard input")
     _add_volumes(plan)

@@ -16,7 +16,7 @@ the long side follow as A^T U / s. Squaring costs digits: with e = 2^-53 and a m
 So the only bad case is a tiny s_k, or, for free vectors of the long side, a tiny s_n (a matrix
 without full rank): `_KEPT_FLOOR` and `_FREE_FLOOR` name it, and A itself is decomposed then.
 
-On a CPU this takes .2 to .6 of the time of `torch.linalg.svd` (`make bench-bases`). On CUDA it is
+On a CPU this takes .2 to .65 of the time of `torch.linalg.svd` (`make bench-bases`). On CUDA it is
 the same code; beside products a decomposition of A is slower still there, but nothing is measured.
 """
 

@@ -172,7 +172,7 @@ def test_a_folder_gives_its_files_of_one_kind_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "_"), KINDS[:3] + KINDS[4:], ids=lambda value: str(value)
+    ("name", "write", "_"), KINDS[:3] + KINDS[4:], ids=[kind[0] for kind in KINDS[:3] + KINDS[4:]]
 )
 def test_reading_holds_a_few_rows_only(
     tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], _: str

@@ -32,7 +32,7 @@ from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, prepare_retention
-from osft_trainer.shards import write_shard
+from osft_trainer.shards import HostCopy, write_rows
 from osft_trainer.targets import plan_targets
 
 LORA_RANK = 32
@@ -106,7 +106,7 @@ class Method:
     def save(self, folder: Path) -> int:
         """Write the state to resume from; its bytes."""
         folder.mkdir(parents=True)
-        write_shard(folder, 0, self.trainables, self.optimizer)
+        write_rows(folder, 0, HostCopy().take(self.trainables, self.optimizer))
         return sum(path.stat().st_size for path in folder.iterdir())
 
 

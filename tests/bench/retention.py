@@ -5,7 +5,9 @@ one from samples of the new skill only, and answers held-out questions of both. 
 one seed: every method at four learning rates and two ratios on the two tasks with a new word. Then
 each method, at the setting that was best there, on every task with three seeds. The best setting is
 the one that learns the new skill (99 %) and keeps most; the tasks of the second part are not looked
-at when it is chosen. Every number is measured in the run; results go to a JSON file.
+at when it is chosen. Last, what more room does: the split by activations at larger ratios on the
+tasks that say nothing new in their questions. Every number is measured in the run; results go to a
+JSON file.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import pretrain  # noqa: E402
 import retention_methods as methods  # noqa: E402
 import skills  # noqa: E402
 import torch  # noqa: E402
-from retention_report import final_table  # noqa: E402
+from retention_report import final_table, room_table  # noqa: E402
 from retention_tasks import NEW, OLD, Task, old_beside  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
@@ -51,6 +53,7 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 RATIOS = [0.25, 0.5]
 SEEDS = [0, 1, 2]
 SCREENED = ["easy, new word", "conflicting, new word"]
+ROOM_RATIOS = [0.5, 0.75]
 LEARNED = 0.99
 TEXT_SAMPLES = 12 * 96
 """Samples of old text that a method may read: twelve batches of the pre-training."""
@@ -260,6 +263,22 @@ def final_jobs(best: dict[str, Job], quick: bool) -> list[Job]:
     ]
 
 
+def room_jobs(steps: int, quick: bool) -> list[Job]:
+    """The split by activations with more room, where old and new inputs are made of the same words.
+
+    At the ratio that is best for new words it cannot learn these: no input is left unused.
+    """
+    seeds = SEEDS[:1] if quick else SEEDS
+    return [
+        Job(methods.OWN_TEXT, task, rate, ratio, seed, steps)
+        for task in NEW
+        if task not in SCREENED
+        for ratio in ROOM_RATIOS
+        for rate in RATES[2:]
+        for seed in seeds
+    ]
+
+
 def main() -> None:
     """Prepare, screen, run the finals, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -283,6 +302,8 @@ def main() -> None:
         best = best_settings(screen)
         print("finals", flush=True)
         finals = run_all(folder, final_jobs(best, arguments.quick), arguments.processes)
+        print("room", flush=True)
+        room = run_all(folder, room_jobs(steps, arguments.quick), arguments.processes)
     result: dict[str, Any] = {
         "command": "make bench-retention" + " ARGS=--quick" * arguments.quick,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
@@ -293,9 +314,11 @@ def main() -> None:
         "best": {method: asdict(job) for method, job in best.items()},
         "screen": [asdict(outcome) for outcome in screen],
         "finals": [asdict(outcome) for outcome in finals],
+        "room": [asdict(outcome) for outcome in room],
     }
     print("\nnew skill / old skills, share of exact answers; spread over seeds")
     print(final_table(result))
+    print(room_table(result))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten to {arguments.out} after {time.monotonic() - began:.0f} s")

@@ -46,8 +46,8 @@ def retention_tables() -> str:
     )
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "
-        "the old skills use: at a small ratio the split by activations finds no room there. With more "
-        "room (own text; the other methods were not tuned on these tasks either):"
+        "the old skills use: at a small ratio the split by activations finds no room there. With "
+        "more room (own text; the other methods were not tuned on these tasks either):"
     )
     return "\n\n".join([note, final_table(result), more, room_table(result)])
 

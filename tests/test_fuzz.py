@@ -144,7 +144,7 @@ def _stays_inside(spec: Object, job: OSFTJob) -> None:
 def _as_kubernetes_reads(argument: str) -> str:
     """What the kubelet makes of an argument: `$$` is `$`, and `$(NAME)` would be a variable."""
     assert "$(" not in argument.replace("$$", ""), argument
-    return argument.replace("$$(", "$(").replace("$$$$", "$$") if "$$" in argument else argument
+    return argument.replace("$$", "$")
 
 
 def _texts(value: Any) -> list[str]:

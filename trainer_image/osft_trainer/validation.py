@@ -52,6 +52,10 @@ class Selection(PreparedData):
         """As of the whole data."""
         return self._whole.sample(int(self._members[index]))
 
+    def pieces(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As of the whole data."""
+        return self._whole.pieces(int(self._members[index]))
+
 
 def split_off(prepared: PreparedData, share: float) -> tuple[Selection, Selection]:
     """The samples to train on, and about this share of all to validate on.

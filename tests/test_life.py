@@ -246,6 +246,15 @@ def test_what_was_never_heard_is_no_reason_to_restart() -> None:
     assert world.made == 1
 
 
+def test_what_is_not_heard_now_is_no_reason_to_restart() -> None:
+    world = stalled("Restart")
+    world.progress, world.listening = None, 3600.0
+    world.settle()
+    assert world.condition("Stalled")["status"] == "True"
+    assert "nothing is heard from it now" in world.condition("Stalled")["message"]
+    assert world.made == 1
+
+
 @pytest.mark.parametrize("step", [7, 900])
 def test_a_new_operator_listens_before_it_judges(step: int) -> None:
     """It was away for an hour: the recorded step is old, the run may be well."""

@@ -233,3 +233,21 @@ def test_a_new_pod_is_asked_at_once() -> None:
         assert poller.progress(KEY) is not None, "the next round is ten seconds away"
 
     play(answer(GOOD), story)
+
+
+def test_an_old_answer_is_none_any_more() -> None:
+    now = 0.0
+
+    async def story(_: Pod, poller: Poller, target: PollTarget) -> None:
+        nonlocal now
+        poller._clock = lambda: now
+        poller.watch(KEY, [target])
+        await poller.ask_all()
+        assert poller.heard(KEY).progress is not None
+        now += 10_000.0
+        heard = poller.heard(KEY)
+        assert (heard.progress, heard.listening_seconds) == (None, 10_000.0)
+        await poller.ask_all()
+        assert poller.heard(KEY).progress is not None
+
+    play(answer(GOOD), story)

@@ -278,6 +278,28 @@ def test_a_refused_wish_is_a_condition_with_the_field() -> None:
     assert not world.jobs
 
 
+def test_a_run_is_not_given_up_while_its_kind_cannot_be_seen() -> None:
+    world = running()
+    seen, world.jobs, world.kind_present = dict(world.jobs), {}, False
+    world.settle()
+    assert world.condition("Running")["reason"] == "PyTorchJobKindMissing"
+    assert world.status["restarts"] == 0
+    world.jobs, world.kind_present = seen, True
+    world.settle()
+    assert list(world.jobs) == ["sample"]
+    assert world.status["phase"] == "Running"
+
+
+def test_a_finished_job_does_not_fail_later() -> None:
+    world = running()
+    world.tell("sample", "Succeeded")
+    world.settle()
+    world.end(137, "", reason="OOMKilled")
+    world.settle()
+    assert world.status["phase"] == "Succeeded"
+    assert "failure" not in world.status
+
+
 def test_the_missing_kind_is_said_and_picked_up() -> None:
     world = World()
     world.kind_present = False

@@ -21,6 +21,9 @@ from osft_operator.settings import Settings
 
 logger = logging.getLogger("osft_operator")
 
+OTHER_CALLERS = 8
+"""Who else waits for the API server beside the workers: lease, lists, events, looks at watches."""
+
 
 def main() -> int:
     """Run the operator."""
@@ -28,7 +31,7 @@ def main() -> int:
         settings = Settings.from_environ(os.environ)
         logs.configure(settings.log_format, settings.log_level)
         cluster = Cluster.connect(
-            timeout_seconds=settings.api_timeout_seconds, threads=settings.workers + 2
+            timeout_seconds=settings.api_timeout_seconds, threads=settings.workers + OTHER_CALLERS
         )
     except ValueError as error:
         print(f"osft-operator: {error}", file=sys.stderr)

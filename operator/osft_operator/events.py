@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from osft_operator.actions import Event
 from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
 from osft_operator.kinds import EVENTS, Object
+from osft_operator.leader import LeaseLost
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,10 @@ class Backlog(Recorder):
         except asyncio.CancelledError:
             # Said once more by drain, and counted twice if the server had taken it.
             self._waiting.appendleft((job, event))
+            raise
+        except LeaseLost:
+            # Another operator leads now: what is left to say is its own to say.
+            self._waiting.clear()
             raise
         except Exception:
             # An event that cannot even be made must not end the operator, nor hold up the others.

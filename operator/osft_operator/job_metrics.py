@@ -136,7 +136,7 @@ class Survey(Collector):
             phases[phase] += 1
             stalling += find_condition(status, "Stalled").get("status") == "True"
             without_loss += phase == "Running" and _lost(status)
-            if phase in WAITING:
+            if phase in WAITING and _may_begin(status):
                 gpu = "true" if _wants_gpus(body) else "false"
                 waits[gpu] = max(waits[gpu], _waited(body, status, now))
             if families:
@@ -213,6 +213,12 @@ def _wants_gpus(body: Object) -> bool:
         return resources.gpus({name: str(count) for name, count in limits.items()}) > 0
     except ValueError:
         return False
+
+
+def _may_begin(status: Object) -> bool:
+    """Whether room is what it waits for; a refused job waits for its author."""
+    accepted = find_condition(status, "Accepted")
+    return accepted.get("reason") not in ("Denied", "InvalidSpec", "Refused")
 
 
 def _waited(body: Object, status: Object, now: datetime.datetime) -> float:

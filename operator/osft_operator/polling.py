@@ -33,6 +33,9 @@ PATH = "/progress"
 MILESTONE_PERCENT = 5
 """Every so many per cent the status is written without waiting."""
 
+SILENT_SECONDS = 30.0
+SILENT_ROUNDS = 3
+"""An answer older than both is none any more: the pod, or the way to it, is gone."""
 FRESH_SECONDS = 1.0
 """Shortest time between two looks for pods that were not asked yet."""
 
@@ -69,6 +72,7 @@ class Poller:
         self._targets: dict[Key, tuple[PollTarget, ...]] = {}
         self._answers: dict[Key, dict[PollTarget, Progress]] = {}
         self._since: dict[Key, datetime.datetime] = {}
+        self._answered: dict[Key, float] = {}
         self._began: dict[Key, float] = {}
         self._clock = clock
         self._new = asyncio.Event()
@@ -90,7 +94,13 @@ class Poller:
     def watch(self, key: Key, targets: Sequence[PollTarget]) -> None:
         """Ask these pods of a job from now on, and no others. New ones are asked at once."""
         if not targets:
-            for kept in (self._targets, self._answers, self._since, self._began):
+            for kept in (
+                self._targets,
+                self._answers,
+                self._since,
+                self._answered,
+                self._began,
+            ):
                 kept.pop(key, None)
             return
         if set(targets) - set(self._targets.get(key, ())):
@@ -111,6 +121,9 @@ class Poller:
         listening = self._clock() - self._began[key]
         for pod, answer in self._answers[key].items():
             if answer.global_rank == 0:
+                silent = self._clock() - self._answered[key]
+                if silent > max(SILENT_SECONDS, SILENT_ROUNDS * self._interval):
+                    return Heard(None, None, None, min(silent, listening))
                 return Heard(answer, pod.pod, self._since.get(key), listening)
         return Heard(None, None, None, listening)
 
@@ -161,6 +174,8 @@ class Poller:
             return
         last = self._answers[key].get(pod)
         self._answers[key][pod] = answer
+        if answer.global_rank == 0:
+            self._answered[key] = self._clock()
         if answer.global_rank == 0 and (last is None or _place(last) != _place(answer)):
             self._since[key] = datetime.datetime.now(datetime.UTC)
         same = (

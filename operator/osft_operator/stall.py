@@ -2,8 +2,8 @@
 
 Called by steps at the end of a pass. The times it compares are recorded in the status, so that an
 operator that starts anew neither forgets nor repeats; but before it judges, it listens. Must never
-take silence of the network for a run that stands still: what was never heard is said, and nothing
-is restarted for it.
+take silence of the network for a run that stands still: what is not heard is said, and nothing is
+restarted for it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def judge(draft: Draft, job: OSFTJob) -> None:
     words = _words(draft)
     if stall.action == "Restart" and not _was_heard(draft):
         words += "; not restarted, since nothing was ever heard from this attempt"
+    elif stall.action == "Restart" and draft.observed.progress is None:
+        words += "; not restarted, since nothing is heard from it now"
     elif stall.action == "Restart" and draft.recorded("Stalled")[0] == "True":
         _restart(draft, job, words)
         return

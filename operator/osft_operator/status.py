@@ -45,8 +45,8 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
         return status
     pods = observed.pods_of(current)
     status["pyTorchJobUID"] = current["metadata"].get("uid", "")
-    if find_condition(status, "Failed")["status"] != "True":
-        # later ends come from our own deletion
+    if not any(find_condition(status, end)["status"] == "True" for end in ("Failed", "Complete")):
+        # later ends come from our own deletion, or are of pods whose work is done
         nodes = status.get("resolved", {}).get("nnodes", 1)
         restarts.count(status, current, pods, nodes)
         if (ended := failure.cause(pods)) is not None:

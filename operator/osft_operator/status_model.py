@@ -101,7 +101,7 @@ class ProgressStatus(Part):
     pod: Annotated[str, Field(max_length=253)] | None = None
     """Pod of rank 0, whose log is the one to read."""
     phase: Annotated[str, Field(max_length=32)] | None = None
-    """What the trainer is at: Starting, Preparing, Training, Saving or Done."""
+    """What the trainer is at: Starting, Preparing, Training, Validating, Saving or Done."""
     advanced_time: Time | None = None
     """When step, phase or checkpoint last changed; spec.stall counts from here."""
     metrics: Annotated[list[NamedValue], Field(max_length=16)] | None = None

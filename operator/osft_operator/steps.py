@@ -72,6 +72,9 @@ def follow(draft: Draft, job: OSFTJob) -> None:
     elif job.spec.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
         draft.condition("Running", "False", "Suspended")
+    elif "pyTorchJobUID" in draft.status and not draft.observed.pytorch_job_kind_present:
+        # nobody can say whether it is gone
+        in_the_way(draft, job, resolved, name)
     elif "pyTorchJobUID" in draft.status:
         _replace_missing(draft, job)
     else:

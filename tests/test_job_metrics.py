@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from osft_operator import logs, transitions
+from osft_operator import job_metrics, logs, transitions
 from osft_operator.job_metrics import Survey
 from osft_operator.metrics import registry
 from osft_operator.names import QUEUE_LABEL
@@ -212,3 +212,14 @@ def test_what_a_log_line_is_about_ends_with_the_pass(caplog: pytest.LogCaptureFi
     with logs.about(osftjob="a/b"):
         assert json.loads(formatter.format(record))["osftjob"] == "a/b"
     assert "osftjob" not in json.loads(formatter.format(record))
+
+
+def test_every_end_has_its_series_before_the_first_job_ends() -> None:
+    samples = {
+        (sample.labels["result"], sample.labels["reason"])
+        for metric in job_metrics.completed.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+    assert ("failed", "Diverged") in samples
+    assert len(samples) == 2 * (len(job_metrics.OUTCOMES) + 1)

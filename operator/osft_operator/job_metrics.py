@@ -72,6 +72,10 @@ completed = Counter(
 queue_seconds = Histogram(
     "osftjob_queue_seconds", "Wait in Kueue's queue.", buckets=BUCKETS, registry=registry
 )
+for _result in ("succeeded", "failed"):
+    for _reason in (*OUTCOMES, "Other"):
+        # A series that is born with its first job has no increase that an alert could see.
+        completed.labels(_result, _reason)
 start_seconds = Histogram(
     "osftjob_start_seconds",
     "From accepted or admitted, or from a failure, until all pods run.",

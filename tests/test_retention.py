@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,27 @@ def test_prometheus_sees_both_losses() -> None:
     assert 'osft_training_retention_loss{model="base"} 1.25' in text
     assert 'osft_training_retention_loss{model="trained"} 1.5' in text
     assert kept.change == 0.25
+
+
+def test_a_text_that_is_only_measured_on_changes_no_identity(base: Path, tmp_path: Path) -> None:
+    one = fingerprint(parameters(base, tmp_path, retention_tokens=50), "data", "model")
+    other = fingerprint(parameters(base, tmp_path, retention_tokens=60), "data", "model")
+    assert one.digest == other.digest
+    changes = {"split_by": "activations", "retention_tokens": 50}
+    read = fingerprint(parameters(base, tmp_path, **changes), "data", "model")
+    assert read.digest != one.digest
+
+
+def test_another_model_in_the_same_folder_writes_a_text_of_its_own(
+    base: Path, tmp_path: Path
+) -> None:
+    changes = {"split_by": "activations", "retention_data_path": None, "retention_tokens": 300}
+    tiny.run(parameters(base, tmp_path, num_epochs=1, **changes))
+    shutil.move(tmp_path / "OWNER", tmp_path / "old-owner")
+    for name in ("final", "checkpoints"):
+        shutil.rmtree(tmp_path / name)
+    other = tiny.model_folder(tmp_path / "model", seed=5)
+    data = base.parent / "data.jsonl"
+    tiny.run(tiny.training(other, data, tmp_path, num_epochs=1, **changes))
+    texts = list((tmp_path / "cache" / "retention").glob("sampled-*.jsonl"))
+    assert len({path.read_text() for path in texts}) == 2

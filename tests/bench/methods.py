@@ -170,7 +170,7 @@ def _text(setting: Setting, hf: PreTrainedModel) -> RetentionText | None:
         retention_data_path=str(data),
         split_by="activations",
     )
-    return prepare_retention(told, RunFolder(setting.work), setting.world, hf)
+    return prepare_retention(told, RunFolder(setting.work), setting.world, hf, "bench")
 
 
 def _of_ours(setting: Setting, model: OSFTModel, seconds: dict[str, float]) -> Method:

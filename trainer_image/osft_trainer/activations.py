@@ -177,9 +177,15 @@ def _by_inverse_iteration(moment: Tensor, rank: int) -> Tensor:
     """[width, rank] orthonormal: random directions, `_ROUNDS` times through the inverse."""
     width = len(moment)
     shift = max(float(moment.diagonal().mean()), 1e-300) * _SHIFT
-    factor = torch.linalg.cholesky(
-        moment + shift * torch.eye(width, dtype=moment.dtype, device=moment.device)
-    )
+    identity = torch.eye(width, dtype=moment.dtype, device=moment.device)
+    for grown in (1.0, 1e2, 1e4):
+        factor, failed = torch.linalg.cholesky_ex(moment + grown * shift * identity)
+        if not failed:
+            break
+    else:
+        raise ValueError(
+            "the inputs on the retention text are too much alike to be told apart; give more text"
+        )
     generator = torch.Generator().manual_seed(width)
     drawn = torch.randn(width, rank, dtype=moment.dtype, generator=generator).to(moment.device)
     for _ in range(_ROUNDS):

@@ -101,7 +101,7 @@ def build_model(
     transformers_logging.disable_progress_bar()
     dtype = compute_dtype(training.compute_dtype, world.device)
     hf = load_model(training.model_path, dtype, training.trust_remote_code)
-    text = prepare_retention(training, folder, world, hf)
+    text = prepare_retention(training, folder, world, hf, base_digest)
     plan = plan_of(hf, training, _importance(training, hf, text, world))
     if plan.trainable == 0:
         raise ValueError(

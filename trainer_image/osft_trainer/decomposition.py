@@ -40,6 +40,8 @@ from osft_trainer.targets import Plan, Target
 FORMAT_VERSION = 2
 """Part of the digest: raise it when the numbers or the files change."""
 
+_PROBE_TOKENS = 16
+"""Enough to see which matrices share an input: every input of the pass is held at one time."""
 _USED_SHARE = "usedShare"
 """Entry of a file's metadata."""
 
@@ -247,7 +249,8 @@ def _read_all(
     try:
         with on_device(model, world):
             text = list(rows(retention.read))
-            groups = [g for g in input_groups(model, found.plan, text[0]) if _any_of(g, targets)]
+            short = (text[0][0][:, :_PROBE_TOKENS], text[0][1][:, :_PROBE_TOKENS])
+            groups = [g for g in input_groups(model, found.plan, short) if _any_of(g, targets)]
             shares = shares_by_cost([float(g.width) ** 3 for g in groups], world.size)
             for batch in in_passes([groups[position] for position in sorted(shares[world.rank])]):
                 _read(model, found, batch, text, list(rows(retention.checked)), world)

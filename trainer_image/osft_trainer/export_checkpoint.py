@@ -115,7 +115,9 @@ def _bases(
     if found is None:
         world = World(0, 0, 1, torch.device("cpu"))
         split_by_text = plan.split_by == "activations"
-        text = prepare_retention(training, folder, world, hf) if split_by_text else None
+        text = (
+            prepare_retention(training, folder, world, hf, model_digest) if split_by_text else None
+        )
         found = prepare(
             hf, plan, cache=folder.cache, base_digest=model_digest, world=world, retention=text
         )

@@ -203,7 +203,7 @@ def make_report(
     folder = RunFolder(Path(training.ckpt_output_dir))
     prepared, _ = prepare_data(training, folder, world)
     if training.retention_data_path is not None:
-        prepare_retention(training, folder, world, hf)
+        prepare_retention(training, folder, world, hf, base_digest="")
     steps = total_steps(training, prepared)
     learning_rates(training, steps)
     passes = _passes_per_step(prepared, training, processes)

@@ -32,6 +32,7 @@ from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedPart
 from osft_trainer.report import RunFolder
 from osft_trainer.self_sampling import sample_conversations
+from osft_trainer.shards import sync
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,11 @@ class RetentionText:
 
 
 def prepare_retention(
-    training: TrainingParameters, folder: RunFolder, world: World, hf: PreTrainedModel
+    training: TrainingParameters,
+    folder: RunFolder,
+    world: World,
+    hf: PreTrainedModel,
+    base_digest: str,
 ) -> RetentionText | None:
     """Prepare the text that `retention_data_path` names, or that the model writes. Collective.
 
@@ -69,6 +74,7 @@ def prepare_retention(
         folder: its cache takes the prepared text.
         world: this process's place.
         hf: the loaded model, before it is converted; asked only where no path is given.
+        base_digest: digest of its content; another model's text is not taken for its own.
 
     Raises:
         ValueError: on every rank, if the text cannot be used.
@@ -79,7 +85,9 @@ def prepare_retention(
 
     def on_first_rank() -> str:
         tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
-        path = training.retention_data_path or str(_sampled(training, folder, world, hf))
+        path = training.retention_data_path or str(
+            _sampled(training, folder, world, hf, base_digest)
+        )
         try:
             prepared = prepare(
                 path,
@@ -96,8 +104,9 @@ def prepare_retention(
 
     prepared = open_prepared(from_first_rank(world, on_first_rank))
     if len(prepared) < LEAST_SAMPLES:
+        what = "the model's own text" if sampled else training.retention_data_path
         raise ValueError(
-            f"retention_data_path: {training.retention_data_path} holds {len(prepared)} samples, "
+            f"retention_data_path: {what} holds {len(prepared)} samples, "
             f"at least {LEAST_SAMPLES} are needed: some are read, others measure what is kept"
         )
     return parts(prepared.whole(), training.retention_tokens, prepared.digest, sampled)
@@ -124,7 +133,7 @@ def rows(part: PreparedPart) -> Iterator[Row]:
         held.append(index)
         full = int(part.lengths[held].sum()) >= _ROW_TOKENS
         if full or index == len(part) - 1:
-            packed = collate([part.sample(i) for i in held])
+            packed = collate([piece for i in held for piece in part.pieces(i)])
             yield packed.input_ids, packed.position_ids
             held = []
 
@@ -138,10 +147,16 @@ def _first(
 
 
 def _sampled(
-    training: TrainingParameters, folder: RunFolder, world: World, hf: PreTrainedModel
+    training: TrainingParameters,
+    folder: RunFolder,
+    world: World,
+    hf: PreTrainedModel,
+    base_digest: str,
 ) -> Path:
     """The file of conversations that the model has with itself; written once a run folder."""
-    path = folder.cache / "retention" / f"sampled-{training.seed}-{training.retention_tokens}.jsonl"
+    drawn = [base_digest, training.seed, training.retention_tokens, training.max_seq_len]
+    key = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+    path = folder.cache / "retention" / f"sampled-{key}.jsonl"
     if path.is_file():
         return path
     logger.info("no retention_data_path: the model writes %d tokens", training.retention_tokens)
@@ -168,6 +183,7 @@ def _write(path: Path, conversations: Sequence[dict[str, object]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 __all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "rows"]

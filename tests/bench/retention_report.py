@@ -42,7 +42,7 @@ def retention_tables() -> str:
     note = (
         f"New skill / old skills, share of exact answers after {result['steps']} steps; mean over "
         f"seeds, in brackets the old skills' spread. `{result['command']}`, {machine['cores']} "
-        f"cores ({machine['cpu']}), {result['seconds'] / 60:.0f} minutes."
+        f"cores ({machine['cpu']})."
     )
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "

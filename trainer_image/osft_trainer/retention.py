@@ -1,8 +1,8 @@
 """The text of what shall be kept: where it comes from, and which of it serves for what.
 
 Lives here: preparing the user's retention text, sampling one from the model where none is given,
-and its three disjoint parts. Called by `assembly` on every rank before the model is converted. Must
-never: train on it (no label of it is ever learned), or let two parts share a sample.
+and its three disjoint parts. Called by `assembly` and `export_checkpoint` before the model is
+converted, and by `planning`. Must never: train on it (no label of it is ever learned), or let two parts share a sample.
 
 The parts: `read`, that the used directions are read off; `checked`, that their energy in the free
 directions is measured on; `judged`, that the loss before and after is measured on.

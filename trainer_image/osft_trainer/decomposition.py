@@ -1,7 +1,8 @@
 """The targets' bases: computed once per run, shared out over the ranks, kept on disk.
 
 Lives here: the cache `<run>/cache/decomposition/<digest>/`, one safetensors file a target, and who
-computes which. Called by `assembly` on every rank, and by `export_checkpoint`. The bases are always read
+computes which. Called by `assembly` on every rank, and by `export_checkpoint`. The bases are
+always read
 from the files, so that every rank, attempt and resumed run works in the same subspaces bit for bit.
 Must never: decide ranks (`targets` does), or leave a file under its name that is not whole.
 """

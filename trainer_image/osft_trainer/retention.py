@@ -2,7 +2,8 @@
 
 Lives here: preparing the user's retention text, sampling one from the model where none is given,
 and its three disjoint parts. Called by `assembly` and `export_checkpoint` before the model is
-converted, and by `planning`. Must never: train on it (no label of it is ever learned), or let two parts share a sample.
+converted, and by `planning`. Must never: train on it (no label of it is ever learned), or let two
+parts share a sample.
 
 The parts: `read`, that the used directions are read off; `checked`, that their energy in the free
 directions is measured on; `judged`, that the loss before and after is measured on.

@@ -2,7 +2,8 @@
 
 Lives here: one number over all samples and ranks. Called by all ranks together: between steps by
 `validation`, and before and after them by `train`, for retention. Must never leave a
-trace in the training: gradients, modes, random numbers and what FSDP holds are as before, so that a run which is measured ends like one that is
+trace in the training: gradients, modes, random numbers and what FSDP holds are as before,
+so that a run which is measured ends like one that is
 not, bit for bit.
 """
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from soak_record import SoakRecord
 
 pytest_plugins = ["cluster.fixtures", "end_to_end_fixtures"]
 
@@ -18,10 +21,13 @@ _USES_THE_PLANE = "mark.cluster"
 """Stands in every file with a test that asks for the control plane."""
 
 
-def pytest_configure() -> None:
-    """Let started programs hear Ctrl-C: a shell's background job hands down that it is ignored."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Let started programs hear Ctrl-C, and write down what long tests measure."""
+    # a shell's background job hands down that Ctrl-C is ignored
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "OSFT_SOAK" in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SoakRecord())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

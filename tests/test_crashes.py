@@ -150,7 +150,9 @@ def namespace_of_lives(
     return namespace
 
 
-def test_a_crash_at_any_write_changes_nothing(namespace_of_lives: str) -> None:
+def test_a_crash_at_any_write_changes_nothing(
+    namespace_of_lives: str, record_property: Callable[[str, object], None]
+) -> None:
     async def whole() -> None:
         quiet, writes = await _lived(namespace_of_lives, None, False)
         assert len(quiet) == 6
@@ -170,6 +172,8 @@ def test_a_crash_at_any_write_changes_nothing(namespace_of_lives: str) -> None:
             assert seen[:-1] == quiet[:-1], f"after a crash {'after' if after else 'before'} {at}"
 
         await asyncio.gather(*(one(at, after) for at, after in crashes))
+        record_property("writes", writes)
+        record_property("crashes", len(crashes))
         print(f"{writes} writes, {len(crashes)} crashes")
 
     asyncio.run(whole())

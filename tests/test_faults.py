@@ -147,7 +147,10 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_after_a_fault_all_is_as_it_should_be(
-    name: str, scene: Scene, caplog: pytest.LogCaptureFixture
+    name: str,
+    scene: Scene,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
 ) -> None:
     new, old = (f"{kind}-{list(FAULTS).index(name)}" for kind in ("new", "old"))
     scene.apply(old)
@@ -167,7 +170,10 @@ def test_after_a_fault_all_is_as_it_should_be(
         ),
         timeout_seconds=RECOVERY_SECONDS,
     )
-    print(f"{name}: recovered after {time.monotonic() - began:.1f} s")
+    recovery_seconds = time.monotonic() - began
+    record_property("fault_seconds", HOLD_SECONDS)
+    record_property("recovery_seconds", recovery_seconds)
+    print(f"{name}: recovered after {recovery_seconds:.1f} s")
     made = {each for each in scene.names(scene.pytorch_jobs) if each.startswith((new, old))}
     assert made == {new, f"{old}-a2"}
     claims = scene.names(scene.path("/api/v1", "persistentvolumeclaims"))
@@ -190,7 +196,10 @@ def without_etcd(scene: Scene) -> None:
 @pytest.mark.skipif(not SOAK, reason="the other tests of the control plane would wait for it")
 @pytest.mark.parametrize("outage", [restarted, without_etcd])
 def test_after_an_outage_of_the_server_itself(
-    outage: Callable[[Scene], None], scene: Scene, caplog: pytest.LogCaptureFixture
+    outage: Callable[[Scene], None],
+    scene: Scene,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
 ) -> None:
     old, new = (f"{kind}-{outage.__name__.replace('_', '-')}" for kind in ("old", "new"))
     scene.apply(old)
@@ -204,7 +213,9 @@ def test_after_an_outage_of_the_server_itself(
         lambda: scene.status(new).get("pyTorchJobUID"),
         timeout_seconds=RECOVERY_SECONDS,
     )
-    print(f"{outage.__name__}: recovered after {time.monotonic() - began:.1f} s")
+    recovery_seconds = time.monotonic() - began
+    record_property("recovery_seconds", recovery_seconds)
+    print(f"{outage.__name__}: recovered after {recovery_seconds:.1f} s")
     assert scene.status(old)["pyTorchJobUID"] == uid
     assert scene.status(old).get("restarts") == 0
     assert [each for each in caplog.records if "A bug" in each.getMessage()] == []

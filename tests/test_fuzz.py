@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import kubernetes_validate
@@ -34,7 +35,11 @@ COMMAND = ["python", "-m", "osft_trainer.launch"]
 
 
 @pytest.mark.timeout(1800)
-def test_random_jobs(control_plane: ControlPlane, namespace: str) -> None:
+def test_random_jobs(
+    control_plane: ControlPlane,
+    namespace: str,
+    record_property: Callable[[str, object], None],
+) -> None:
     accepted: list[bool] = []
 
     @settings(
@@ -51,6 +56,8 @@ def test_random_jobs(control_plane: ControlPlane, namespace: str) -> None:
 
     whole()
     share = sum(accepted) / len(accepted)
+    record_property("jobs", len(accepted))
+    record_property("accepted_share", share)
     print(f"{len(accepted)} jobs, {share:.0%} accepted")
     assert share >= ACCEPTED_SHARE
 

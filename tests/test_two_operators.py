@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ def writes(proxy: FaultProxy) -> list[str]:
 
 @pytest.mark.skipif(not SOAK, reason="a resumed operator rarely hangs while it ends: open")
 def test_a_paused_leader_writes_nothing_when_it_goes_on(
-    control_plane: ControlPlane, namespace: str, tmp_path: Path, session_mark: str
+    control_plane: ControlPlane,
+    namespace: str,
+    tmp_path: Path,
+    session_mark: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
     jobs = f"/apis/osft.dev/v1alpha1/namespaces/{namespace}/osftjobs"
     pytorch_jobs = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"
@@ -88,6 +92,8 @@ def test_a_paused_leader_writes_nothing_when_it_goes_on(
         apply("two")
         wait_for("the second operator's work", lambda: "two" in made(), timeout_seconds=60)
         took = time.monotonic() - stopped
+        record_property("takeover_seconds", took)
+        record_property("pause_seconds", PAUSE_SECONDS)
         print(f"the standby took over after {took:.1f} s")
         assert took < TAKE_OVER_SECONDS
         time.sleep(max(0.0, PAUSE_SECONDS - took))

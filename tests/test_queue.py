@@ -186,3 +186,23 @@ def test_an_api_server_that_is_away_is_asked_again_soon() -> None:
         assert queue.retry(A1) == 300
 
     run(story)
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_worker_that_is_cancelled_ends_even_if_news_comes_then(steps: int) -> None:
+    """As when a paused process goes on: all timers, all news and the end come at once."""
+
+    async def story() -> None:
+        queue = make()
+        queue.add_after(A1, 60)
+        worker = asyncio.create_task(queue.get())
+        await asyncio.sleep(0.01)
+        queue.add(B1)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        ended = worker.done()
+        worker.cancel()
+        await asyncio.wait([worker])
+        assert worker.cancelled() or ended
+
+    run(story)

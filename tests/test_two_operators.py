@@ -54,7 +54,6 @@ def writes(proxy: FaultProxy) -> list[str]:
     return [f"{each.method} {each.path}" for each in proxy.requests if each.is_write]
 
 
-@pytest.mark.skipif(not SOAK, reason="a resumed operator rarely hangs while it ends: open")
 def test_a_paused_leader_writes_nothing_when_it_goes_on(
     control_plane: ControlPlane,
     namespace: str,

@@ -146,7 +146,9 @@ class Poller:
         loop = asyncio.get_running_loop()
         while (left := until - loop.time()) > 0:
             try:
-                await asyncio.wait_for(self._new.wait(), left)
+                # not wait_for: cancelled just as the wait ends, that forgets the cancellation
+                async with asyncio.timeout(left):
+                    await self._new.wait()
             except TimeoutError:
                 return
             self._new.clear()

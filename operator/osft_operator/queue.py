@@ -9,6 +9,7 @@ from one event loop only; must never know a job.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import random
 import time
@@ -154,7 +155,7 @@ class WorkQueue:
             await self._changed.wait()
             return
         seconds = max(0.0, self._delayed[0][0] - self._clock())
-        try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except TimeoutError:
-            return
+        # not wait_for: when the wait is cancelled just as it ends, that forgets the cancellation
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()

@@ -227,6 +227,19 @@ def test_a_run_that_stands_still_is_restarted_where_asked_and_counted() -> None:
     assert world.condition("Stalled")["status"] == "False", "the time of the new attempt counts"
 
 
+def test_an_attempt_whose_owner_was_taken_off_is_not_left_to_run_beside_the_next() -> None:
+    world = stalled("Restart")
+    world.jobs["sample"]["metadata"]["ownerReferences"] = []
+    world.settle()
+    assert world.status["attempt"] == 2
+    assert list(world.jobs) == ["sample"]
+    assert world.condition("Running")["reason"] == "NameTaken"
+    assert "PyTorchJob sample is there, owned by nobody" in world.condition("Running")["message"]
+    world.jobs.clear()
+    world.settle()
+    assert list(world.jobs) == ["sample-a2"]
+
+
 def test_a_run_that_stands_still_without_restarts_left_fails() -> None:
     world = stalled("Restart", **{"spec.maxRestarts": 0})
     world.settle()

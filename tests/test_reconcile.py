@@ -16,6 +16,7 @@ from osft_operator.cluster import Cluster, Conflict
 from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS
 from osft_operator.merge_patch import merge_patch
+from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
 from osft_operator.reconcile import says_little
 from osft_trainer.report import Progress
@@ -134,6 +135,62 @@ def test_progress_is_held_back_but_not_a_milestone(tell: Callable[[Story], None]
         assert await step_after(3, milestone=True, seconds=1) == 3
         assert await step_after(4, milestone=False, seconds=29) == 3
         assert await step_after(5, milestone=False, seconds=2) == 5
+
+    tell(story)
+
+
+UNLABELLED = {"metadata": {"labels": {JOB_LABEL: None}}}
+DISOWNED = {"metadata": {"ownerReferences": None}}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("change", [UNLABELLED, DISOWNED], ids=["label", "owner"])
+def test_what_somebody_hid_is_not_taken_for_gone(
+    tell: Callable[[Story], None], change: Any
+) -> None:
+    """An attempt whose label or owner was taken off runs on: its end is seen, none is beside it."""
+
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        await scene.cluster.patch(PYTORCHJOBS, scene.namespace, "run", change)
+        for _ in range(3):
+            wait = await scene.one_pass()
+        assert await scene.names(PYTORCHJOBS) == ["run"]
+        assert (await scene.job())["status"]["restarts"] == 0
+        assert wait is not None
+        assert wait <= (10 if change is UNLABELLED else 60), "no watch tells of it"
+        failed = {"conditions": [{"type": "Failed", "status": "True", "message": "told"}]}
+        told = {"status": failed}
+        await scene.cluster.patch(PYTORCHJOBS, scene.namespace, "run", told, sub="status")
+        await scene.one_pass()
+        assert (await scene.job())["status"]["attempt"] == 2
+        assert (await scene.one_pass() == 10) == (change is UNLABELLED)
+        for _ in range(200):
+            if "run-a2" in await scene.names(PYTORCHJOBS):
+                break
+            await scene.one_pass()
+            await asyncio.sleep(0.1)
+        # the other one has ended, and is not ours to delete any more
+        left = ["run-a2"] if change is UNLABELLED else ["run", "run-a2"]
+        assert await scene.names(PYTORCHJOBS) == left
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_what_somebody_hid_is_stopped_when_the_job_has_failed(
+    tell: Callable[[Story], None],
+) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        deadline = {"spec": {"activeDeadlineSeconds": 1}}
+        await scene.cluster.patch(OSFTJOBS, scene.namespace, "run", deadline)
+        await scene.cluster.patch(PYTORCHJOBS, scene.namespace, "run", UNLABELLED)
+        await asyncio.sleep(2)
+        await scene.settle()
+        assert (await scene.job())["status"]["reason"] == "DeadlineExceeded"
+        left = await scene.cluster.list_all(PYTORCHJOBS, scene.namespace)
+        assert all(body["metadata"].get("deletionTimestamp") for body in left.items)
 
     tell(story)
 

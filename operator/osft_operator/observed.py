@@ -70,8 +70,14 @@ class Observed:
         return dict(self.body.get("status") or {})
 
     def own_jobs(self) -> list[Object]:
-        """The PyTorchJobs it owns."""
-        return [job for job in self.pytorch_jobs if controller(job).get("uid") == self.uid]
+        """The PyTorchJobs it owns, and the one it made, also when somebody took the owner off."""
+        made = self.status.get("pyTorchJobUID")
+        return [
+            job
+            for job in self.pytorch_jobs
+            if controller(job).get("uid") == self.uid
+            or (made and not controller(job) and job["metadata"].get("uid") == made)
+        ]
 
     def job_named(self, name: str) -> Object | None:
         """A PyTorchJob of its own by name."""

@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Callable, Sequence
 
 from osft_operator.cache import Cache
-from osft_operator.cluster import Cluster, NotFound
+from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import attempt_name, claim_name
@@ -26,6 +26,8 @@ PODS_MISSING_SECONDS = 60.0
 """A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
 POD_LATE_SECONDS = 30.0
 """So is a pod that has not started for so long."""
+STOPPING_SECONDS = 60.0
+"""For so long after the end it is made sure that nothing of the job runs on."""
 
 
 class Observer:
@@ -50,12 +52,13 @@ class Observer:
         """One job with everything that belongs to it, or is in its way.
 
         Raises:
-            ClusterError: when a user's claim could not be read.
+            ClusterError: when what no watch tells of could not be read.
         """
         pytorch_jobs = self._pytorch_jobs(key, job)
         pods = self._cache.children(PODS, key)
         late = [pod for pod in pods if _is_late(pod, now)]
         newest = ""
+        pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)
         if pytorch_jobs and not pods:
             youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
             if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
@@ -99,6 +102,34 @@ class Observer:
                 found.append(other)
         return found
 
+    async def _unseen(
+        self, key: Key, job: Object, seen: Sequence[Object], now: datetime.datetime
+    ) -> list[Object]:
+        """The PyTorchJobs that should be there and of which no watch tells.
+
+        Whoever takes our label off one hides it from the watches, and it runs on. So before an
+        attempt is taken for gone, or another one is made beside it, the API server is asked.
+        """
+        status = job.get("status") or {}
+        attempt = status.get("attempt") or 0
+        if not self._serves(PYTORCHJOBS) or _ended_long_ago(job, now):
+            return []
+        # One that is not recorded as made is found when it is made.
+        expected = [attempt] if "pyTorchJobUID" in status else [attempt - 1]
+        names = {attempt_name(key.name, each) for each in expected if each > 0}
+        missing = names - {body["metadata"]["name"] for body in seen}
+        found = [await self._read(key, name) for name in missing]
+        return [body for body in found if body is not None]
+
+    async def _read(self, key: Key, name: str) -> Object | None:
+        try:
+            return await self._cluster.get(PYTORCHJOBS, key.namespace, name)
+        except KindMissing:
+            # nobody can say whether it is gone
+            raise
+        except NotFound:
+            return None
+
     async def _claim(self, key: Key, job: Object, *, wanted: bool) -> Object | None:
         """The claim for checkpoints: the one made for this name, or the one the user has."""
         checkpoints = (job["spec"].get("storage") or {}).get("checkpoints") or {}
@@ -129,6 +160,13 @@ def _has_own(job: Object, pytorch_jobs: Sequence[Object]) -> bool:
     """Whether one of them is made for this job already; those of an earlier job do not count."""
     uid = job["metadata"]["uid"]
     return any(controller(each).get("uid") == uid for each in pytorch_jobs)
+
+
+def _ended_long_ago(job: Object, now: datetime.datetime) -> bool:
+    ended = (job.get("status") or {}).get("completionTime")
+    if not _is_over(job) or ended is None:
+        return False
+    return (now - datetime.datetime.fromisoformat(ended)).total_seconds() > STOPPING_SECONDS
 
 
 def _is_over(job: Object) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from osft_operator import names
 from osft_operator.draft import Draft
-from osft_operator.observed import Object, controller, is_deleting
+from osft_operator.observed import Object, controller, is_deleting, is_true
 from osft_operator.render import checkpoint_claim
 from osft_operator.resolved import Resolved
 from osft_operator.resources import quantity
@@ -21,7 +21,7 @@ LONG_SECONDS = 30.0
 def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> bool:
     """Say what keeps the PyTorchJob from being made, if anything does."""
     observed = draft.observed
-    stranger = observed.stranger_named(name)
+    stranger = observed.stranger_named(name) or _disowned(draft)
     if not observed.pytorch_job_kind_present:
         reason, words = (
             "PyTorchJobKindMissing",
@@ -32,7 +32,8 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
         whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "nobody"
         reason, words = (
             "NameTaken",
-            (f"PyTorchJob {name} is there, owned by {whose}: delete it, or use another name"),
+            f"PyTorchJob {stranger['metadata']['name']} is there, owned by {whose}: delete it, or "
+            "use another name",
         )
     elif (trouble := _claim_trouble(draft, job, resolved)) is not None:
         reason, words = trouble
@@ -41,6 +42,17 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
     draft.condition("Running", "False", reason, words)
     draft.look_again(LONG_SECONDS)
     return True
+
+
+def _disowned(draft: Draft) -> Object | None:
+    """The attempt before, if it may still run and somebody took its owner off: it is not ours."""
+    attempt = draft.status.get("attempt", 1)
+    if attempt == 1:
+        return None
+    found = draft.observed.stranger_named(names.attempt_name(draft.observed.name, attempt - 1))
+    if found is None or controller(found):
+        return None
+    return None if is_true(found, "Succeeded") or is_true(found, "Failed") else found
 
 
 def _claim_trouble(draft: Draft, job: OSFTJob, resolved: Resolved) -> tuple[str, str] | None:

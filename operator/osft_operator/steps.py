@@ -7,7 +7,7 @@ it is recorded.
 
 from __future__ import annotations
 
-from osft_operator import attempts, endings, failure, gang, kueue, stall
+from osft_operator import attempts, endings, failure, gang, kueue, names, stall
 from osft_operator.actions import (
     CreateClaim,
     CreatePyTorchJob,
@@ -66,6 +66,8 @@ def follow(draft: Draft, job: OSFTJob) -> None:
     if _earlier_attempts_remain(draft, name):
         return
     if current is not None:
+        if (current["metadata"].get("labels") or {}).get(names.JOB_LABEL) != draft.observed.name:
+            draft.look_again(SHORT_SECONDS)  # no watch tells of it
         _watch(draft, job, resolved, current)
         if not endings.is_finished(draft.status):
             stall.judge(draft, job)

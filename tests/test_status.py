@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -270,6 +271,103 @@ def test_a_wrong_spec_is_a_condition_with_the_field() -> None:
     assert list(world.jobs) == ["sample"]
 
 
+def tightened(changes: dict[str, object], **metadata: object) -> World:
+    """A job that runs when an upgrade makes its spec invalid."""
+    world = running(changes, **metadata)
+    world.body["spec"]["training"]["maxSeqLen"] = 4096
+    world.settle()
+    assert world.condition("Accepted")["reason"] == "InvalidSpec"
+    assert "maxSeqLen 4096" in world.condition("Accepted")["message"]
+    assert (world.status["phase"], world.status["reason"]) == ("Running", "PodsRunning")
+    return world
+
+
+def forbidden(changes: dict[str, object], **metadata: object) -> World:
+    """A job that runs when the administrator forbids what it asks for."""
+    world = running(changes, **metadata)
+    world.body["spec"]["podTemplate"] = {"spec": {"hostNetwork": True}}
+    return world
+
+
+@pytest.mark.parametrize("ill", [tightened, forbidden])
+def test_a_run_that_may_not_begin_any_more_is_followed_to_its_end(
+    ill: Callable[..., World],
+) -> None:
+    world = ill({})
+    world.end(75)
+    world.settle()
+    assert world.status["restarts"] == 1
+    assert world.settle().poll
+    world.tell("sample", "Succeeded")
+    world.settle()
+    assert world.status["phase"] == "Succeeded"
+
+
+@pytest.mark.parametrize("ill", [tightened, forbidden])
+def test_a_run_that_may_not_begin_any_more_keeps_its_deadline_and_its_budget(
+    ill: Callable[..., World],
+) -> None:
+    world = ill({"spec.activeDeadlineSeconds": 100})
+    assert world.settle().requeue_after == 100
+    world.wait(100)
+    world.settle()
+    assert world.status["reason"] == "DeadlineExceeded"
+    assert not world.jobs
+    world = ill({"spec.maxRestarts": 0})
+    world.end(75)
+    world.settle()
+    assert world.status["reason"] == "MaxRestartsExceeded"
+
+
+@pytest.mark.parametrize("labels", [{}, {QUEUE_LABEL: "team"}])
+@pytest.mark.parametrize("ill", [tightened, forbidden])
+def test_a_run_that_may_not_begin_any_more_is_suspended(
+    ill: Callable[..., World], labels: dict[str, str]
+) -> None:
+    world = ill({}, labels=labels)
+    world.edit(suspend=True)
+    world.settle()
+    assert world.status["phase"] == "Suspended"
+    assert not world.jobs or world.jobs["sample"]["spec"]["runPolicy"]["suspend"] is True
+    world.edit(suspend=False)
+    world.settle()
+    if labels:
+        assert not world.jobs, "nothing is made of what is not allowed"
+        assert world.status["phase"] == "Pending"
+    else:
+        assert world.jobs["sample"]["spec"]["runPolicy"]["suspend"] is False
+
+
+@pytest.mark.parametrize(("ill", "reason"), [(tightened, "InvalidSpec"), (forbidden, "Denied")])
+def test_between_two_attempts_nothing_is_made_and_the_deadline_goes_on(
+    ill: Callable[..., World], reason: str
+) -> None:
+    world = ill({"spec.activeDeadlineSeconds": 100})
+    world.wait(20)
+    world.tell("sample", "Failed")
+    assert world.settle().requeue_after == 80
+    assert not world.jobs
+    assert (world.status["phase"], world.status["reason"]) == ("Pending", reason)
+    world.edit(suspend=True)
+    world.settle()
+    assert world.status["phase"] == "Suspended"
+    world.wait(1000)
+    world.edit(suspend=False)
+    assert world.settle().requeue_after == 100
+    world.wait(100)
+    world.settle()
+    assert (world.status["phase"], world.status["reason"]) == ("Failed", "DeadlineExceeded")
+
+
+def test_a_lost_status_of_an_invalid_job_is_found_again() -> None:
+    world = running({"spec.nnodes": 2}, count=2)
+    world.body["spec"]["training"]["maxSeqLen"] = 4096
+    del world.body["status"]
+    world.settle()
+    assert (world.status["phase"], world.status["attempt"]) == ("Running", 1)
+    assert world.condition("Running")["message"] == "2 of 2 pods run"
+
+
 def test_a_refused_wish_is_a_condition_with_the_field() -> None:
     world = World({"spec.podTemplate": {"spec": {"hostNetwork": True}}})
     world.settle()
@@ -360,9 +458,9 @@ def test_a_users_claim_must_be_there() -> None:
 def test_the_api_servers_refusal_stays_until_it_takes_it() -> None:
     world = World()
     world.step()
-    decision = world.step(act=False, record=False)
-    status = refused(decision.status, "422: no such field", world.now, 1)
-    world.body["status"] = status
+    decision = refused(world.step(act=False, record=False), world.body, "422: no", world.now)
+    assert [event.reason for event in decision.events] == ["Refused"]
+    status = world.body["status"] = decision.status
     assert (status["phase"], status["reason"]) == ("Pending", "Refused")
     world.wait(300)
     decision = world.step(act=False, record=False)
@@ -370,6 +468,28 @@ def test_the_api_servers_refusal_stays_until_it_takes_it() -> None:
     assert decision.status == status, "and nothing is written, which would wake it at once"
     world.settle()
     assert world.condition("Accepted")["status"] == "True"
+
+
+def test_what_is_refused_for_a_running_attempt_is_told_once_and_it_is_asked_on() -> None:
+    world = running()
+    world.edit(suspend=True)
+    world.step()
+    asked = world.step(act=False, record=False)
+    assert [type(action).__name__ for action in asked.actions] == ["SuspendPyTorchJob"]
+    first = refused(asked, world.body, "denied by a webhook", world.now)
+    assert [event.reason for event in first.events] == ["Refused"]
+    world.body["status"] = first.status
+    for _ in range(3):
+        world.wait(300)
+        again = refused(
+            world.step(act=False, record=False), world.body, "denied by a webhook", world.now
+        )
+        assert again.status == first.status, "a write would wake it at once"
+        assert (again.events, again.requeue_after) == ((), 300)
+    world.edit(suspend=False)
+    running_on = world.settle()
+    told = refused(running_on, world.body, "denied", world.now)
+    assert told.poll == running_on.poll != ()
 
 
 def test_pods_that_are_not_made_are_explained() -> None:

@@ -13,7 +13,7 @@ from osft_operator import names
 from osft_operator.draft import Draft
 from osft_operator.observed import text_of
 from osft_operator.restarts import wait_seconds
-from osft_operator.spec import OSFTJob
+from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import duration
 
 
@@ -27,9 +27,9 @@ def record(draft: Draft, attempt: int) -> None:
     draft.look_again(0)
 
 
-def record_restart(draft: Draft, job: OSFTJob, why: str) -> bool:
+def record_restart(draft: Draft, run: RunPolicy, why: str) -> bool:
     """Record one more attempt that counts as a restart; False when none is left."""
-    if draft.status["restarts"] + 1 > job.spec.max_restarts:
+    if draft.status["restarts"] + 1 > run.max_restarts:
         return False
     draft.status["restarts"] += 1
     record(draft, draft.status["attempt"] + 1)

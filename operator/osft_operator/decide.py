@@ -25,9 +25,10 @@ from osft_operator.actions import (
     SuspendPyTorchJob,
 )
 from osft_operator.draft import Draft
-from osft_operator.observed import Observed, attempt_of, find_condition, is_deleting
+from osft_operator.observed import Object, Observed, attempt_of, find_condition, is_deleting
+from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob, problems
-from osft_operator.status import Status, set_condition, set_phase
+from osft_operator.status import CONDITIONS, set_condition, set_phase
 
 __all__ = [
     "Action",
@@ -43,6 +44,9 @@ __all__ = [
     "refused",
 ]
 
+REFUSED_SECONDS = 300.0
+"""Wait after the API server refused something: only a person can change that, or a quota."""
+
 
 def decide(observed: Observed, now: datetime.datetime) -> Decision:
     """One pass: the whole new status, what to do, what to say, and when to look again."""
@@ -53,25 +57,26 @@ def decide(observed: Observed, now: datetime.datetime) -> Decision:
         endings.after_the_end(draft)
         return draft.decision()
     job = _accepted(draft)
-    if job is None:
-        return draft.decision()
     _recover_attempt(draft)
     if "attempt" in draft.status:
-        steps.follow(draft, job)
-    else:
+        steps.follow(draft, RunPolicy.of(observed.body), job)
+    elif job is not None:
         steps.begin(draft, job)
     return draft.decision()
 
 
 def _accepted(draft: Draft) -> OSFTJob | None:
-    """The typed job; None, and a condition that names the fields, when it is not right."""
+    """The job as something may be made of it; None, and a condition, when nothing may.
+
+    What was made before is followed all the same.
+    """
     body = draft.observed.body
     try:
         job = OSFTJob.model_validate(body)
     except ValidationError:
         draft.condition("Accepted", "False", "InvalidSpec", "; ".join(problems(body)))
         return None
-    # Wishes are judged before they become pods; what was made is followed, and restarted only if
+    # Wishes are judged before they become pods; what was made is followed, and made again only if
     # they are still allowed. Nothing is made while something of ours is there.
     is_due = not draft.observed.own_jobs()
     if is_due and (denied := policy.denials(job, draft.observed.settings)):
@@ -96,9 +101,27 @@ def _recover_attempt(draft: Draft) -> None:
     draft.status.setdefault("startTime", draft.now_text)
 
 
-def refused(status: Status, message: str, now: datetime.datetime, generation: int) -> Status:
-    """The status after the API server refused an action, with its words."""
-    result = dict(status)
-    set_condition(result, generation, now, "Accepted", "False", "Refused", message)
-    set_phase(result)
-    return result
+def refused(decision: Decision, body: Object, message: str, now: datetime.datetime) -> Decision:
+    """The decision after the API server refused one of its actions, with its words.
+
+    Args:
+        decision: what was to be.
+        body: the OSFTJob with the status as it is recorded.
+        message: the server's words.
+        now: the time.
+    """
+    recorded, status = body.get("status") or {}, dict(decision.status)
+    # The pass took it for accepted; what is recorded says since when it is not.
+    before = {kind: find_condition(status, kind) for kind in CONDITIONS}
+    before["Accepted"] = find_condition(recorded, "Accepted") or before["Accepted"]
+    status["conditions"] = [condition for condition in before.values() if condition]
+    generation = body["metadata"].get("generation", 1)
+    set_condition(status, generation, now, "Accepted", "False", "Refused", message)
+    set_phase(status)
+    told = find_condition(status, "Accepted")
+    is_news = any(before["Accepted"].get(part) != told[part] for part in ("reason", "message"))
+    events = (Event("Warning", "Refused", message),) if is_news else ()
+    # a deadline comes on time also for a job whose pods are refused
+    due = REFUSED_SECONDS if decision.requeue_after is None else decision.requeue_after
+    due = min(REFUSED_SECONDS, due)
+    return Decision(status, events=events, requeue_after=due, poll=decision.poll)

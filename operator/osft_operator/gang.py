@@ -9,24 +9,27 @@ from __future__ import annotations
 from osft_operator import failure, waiting
 from osft_operator.actions import PollTarget
 from osft_operator.draft import Draft
-from osft_operator.observed import Object, find_condition, is_true, managed_elsewhere
+from osft_operator.observed import (
+    Object,
+    find_condition,
+    is_true,
+    managed_elsewhere,
+    replicas,
+)
 from osft_operator.obstacles import LONG_SECONDS
-from osft_operator.resolved import Resolved
-from osft_operator.spec import OSFTJob
+from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import METRICS_PORT
 
 PODS_MISSING_SECONDS = 60.0
 """After so long without pods, something is wrong."""
 
 
-def look(
-    draft: Draft, job: OSFTJob, resolved: Resolved, current: Object, pods: list[Object]
-) -> None:
+def look(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
     """Say whether all pods run, and if not, why."""
     if manager := managed_elsewhere(current):
         _follow_manager(draft, current, manager)
         return
-    running, nodes = failure.running_count(pods), resolved.nnodes
+    running, nodes = failure.running_count(pods), replicas(current)
     count = f"{running} of {nodes} pods run"
     if running >= nodes:
         draft.condition("Running", "True", "PodsRunning", count)
@@ -41,7 +44,7 @@ def look(
     elif draft.recorded("Running")[1] != "Restarting":
         draft.condition("Running", "False", "PodsStarting", count)
         draft.look_again(LONG_SECONDS)
-    draft.poll = _poll_targets(job, pods)
+    draft.poll = _poll_targets(run, pods)
 
 
 def _trouble(draft: Draft, pods: list[Object]) -> waiting.Reason | None:
@@ -74,13 +77,13 @@ def _without_pods(draft: Draft, current: Object) -> None:
     draft.look_again(LONG_SECONDS)
 
 
-def _poll_targets(job: OSFTJob, pods: list[Object]) -> tuple[PollTarget, ...]:
+def _poll_targets(run: RunPolicy, pods: list[Object]) -> tuple[PollTarget, ...]:
     """Rank 0's pod; with c10d any pod may have it."""
     found = []
     for pod in pods:
         status, labels = pod.get("status") or {}, pod["metadata"].get("labels") or {}
         first = labels.get("training.kubeflow.org/job-role") == "master"
-        wanted = first or job.spec.rendezvous.backend == "c10d"
+        wanted = first or run.rendezvous.backend == "c10d"
         if wanted and status.get("phase") == "Running" and status.get("podIP"):
             found.append(PollTarget(pod["metadata"]["name"], status["podIP"], METRICS_PORT))
     return tuple(found)

@@ -140,6 +140,12 @@ def managed_elsewhere(job: Object) -> str:
     return "" if manager in (None, "", names.TRAINING_OPERATOR) else str(manager)
 
 
+def replicas(job: Object) -> int:
+    """How many pods a PyTorchJob has when all are there."""
+    specs = job["spec"].get("pytorchReplicaSpecs") or {}
+    return sum(spec.get("replicas", 1) for spec in specs.values())
+
+
 def time_of(text: str) -> datetime.datetime:
     """An RFC 3339 time of the API."""
     return datetime.datetime.fromisoformat(text)

@@ -23,11 +23,9 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
     observed = draft.observed
     stranger = observed.stranger_named(name) or _disowned(draft)
     if not observed.pytorch_job_kind_present:
-        reason, words = (
-            "PyTorchJobKindMissing",
-            ("the cluster has no PyTorchJobs (kubeflow.org/v1): install the training-operator"),
-        )
-    elif stranger is not None:
+        kind_is_missing(draft)
+        return True
+    if stranger is not None:
         owner = controller(stranger)
         whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "nobody"
         reason, words = (
@@ -42,6 +40,13 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
     draft.condition("Running", "False", reason, words)
     draft.look_again(LONG_SECONDS)
     return True
+
+
+def kind_is_missing(draft: Draft) -> None:
+    """Say that PyTorchJobs can neither be made nor seen."""
+    words = "the cluster has no PyTorchJobs (kubeflow.org/v1): install the training-operator"
+    draft.condition("Running", "False", "PyTorchJobKindMissing", words)
+    draft.look_again(LONG_SECONDS)
 
 
 def _disowned(draft: Draft) -> Object | None:

@@ -22,7 +22,6 @@ from osft_operator.actions import (
     Decision,
     DeleteOSFTJob,
     DeletePyTorchJob,
-    Event,
     SuspendPyTorchJob,
 )
 from osft_operator.budget import Budget
@@ -43,8 +42,6 @@ WRITES_PER_SECOND = 20.0
 """Status writes of all jobs together that tell nothing but how far a run is."""
 QUIET = ("progress", "countedPods")
 """Parts of the status that can wait; a condition's words can, too."""
-REFUSED_SECONDS = 300.0
-"""Wait after the API server refused something: only a person can change that, or a quota."""
 KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)
 """Actions whose result is put in the cache at once."""
 LOOK_AGAIN_SECONDS = 1.0
@@ -113,7 +110,7 @@ class Reconciler:
             await self._look(key, action)
             return LOOK_AGAIN_SECONDS
         except Refused as error:
-            decision = _refusal(decision, job, str(error), now)
+            decision = refused(decision, job, str(error), now)
         if any(isinstance(action, DeleteOSFTJob) for action in decision.actions):
             self._forget(key)
             return None
@@ -213,13 +210,3 @@ def _loud(status: dict[str, Any]) -> dict[str, Any]:
         for condition in status.get("conditions") or []
     ]
     return kept
-
-
-def _refusal(decision: Decision, job: Object, message: str, now: datetime.datetime) -> Decision:
-    """The decision after the API server refused one of its actions, told once."""
-    status = refused(decision.status, message, now, job["metadata"]["generation"])
-    is_news = bool(merge_patch(job.get("status") or {}, status))
-    events = (Event("Warning", "Refused", message),) if is_news else ()
-    # a deadline comes on time also for a job whose pods are refused
-    appointed = decision.requeue_after or REFUSED_SECONDS
-    return Decision(status, events=events, requeue_after=min(REFUSED_SECONDS, appointed))

@@ -11,16 +11,16 @@ from __future__ import annotations
 from osft_operator import attempts, endings
 from osft_operator.draft import Draft
 from osft_operator.observed import find_condition, time_of
-from osft_operator.spec import OSFTJob
+from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import METRICS_PORT, duration
 
 LISTEN_SECONDS = 10.0
 """So long the pods are asked in vain before their silence counts."""
 
 
-def judge(draft: Draft, job: OSFTJob) -> None:
+def judge(draft: Draft, run: RunPolicy) -> None:
     """Set the condition Stalled, and restart the run where that is asked for."""
-    stall = job.spec.stall
+    stall = run.stall
     running = find_condition(draft.status, "Running")
     here = running["status"] == "True" and running["reason"] != "ManagedElsewhere"
     if stall is None or not here:
@@ -43,7 +43,7 @@ def judge(draft: Draft, job: OSFTJob) -> None:
     elif stall.action == "Restart" and draft.observed.progress is None:
         words += "; not restarted, since nothing is heard from it now"
     elif stall.action == "Restart" and draft.recorded("Stalled")[0] == "True":
-        _restart(draft, job, words)
+        _restart(draft, run, words)
         return
     elif stall.action == "Restart":
         draft.look_again(0)
@@ -76,9 +76,9 @@ def _words(draft: Draft) -> str:
     )
 
 
-def _restart(draft: Draft, job: OSFTJob, words: str) -> None:
+def _restart(draft: Draft, run: RunPolicy, words: str) -> None:
     """The condition was recorded in an earlier pass; now the run starts again."""
-    if not attempts.record_restart(draft, job, words):
+    if not attempts.record_restart(draft, run, words):
         draft.condition("Stalled", "True", "NoProgress", words)
         endings.fail(draft, "Stalled", f"{words}, and no restart is left")
         return

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from osft_operator import failure, restarts
-from osft_operator.observed import Object, Observed, find_condition, text_of
+from osft_operator.observed import Object, Observed, find_condition, replicas, text_of
 from osft_operator.status_model import (
     CheckpointStatus,
     NamedValue,
@@ -47,8 +47,7 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
     status["pyTorchJobUID"] = current["metadata"].get("uid", "")
     if not any(find_condition(status, end)["status"] == "True" for end in ("Failed", "Complete")):
         # later ends come from our own deletion, or are of pods whose work is done
-        nodes = status.get("resolved", {}).get("nnodes", 1)
-        restarts.count(status, current, pods, nodes)
+        restarts.count(status, current, pods, replicas(current))
         if (ended := failure.cause(pods)) is not None:
             status["failure"] = ended.to_status()
     for progress in (observed.progress, failure.last_progress(pods)):
@@ -104,11 +103,11 @@ def phase(status: Object) -> tuple[str, str]:
     if running.get("status") == "True":
         stalled = by_type["Stalled"]
         return "Running", (stalled if stalled.get("status") == "True" else running)["reason"]
-    if accepted.get("status") == "False":
+    begun = "pyTorchJobUID" in status
+    if accepted.get("status") == "False" and not begun:
         return "Pending", accepted.get("reason", "")
     if running.get("reason") == "Restarting":
         return "Restarting", "Restarting"
-    begun = "pyTorchJobUID" in status
     return ("Starting" if begun else "Pending"), running.get("reason", "")
 
 

@@ -24,10 +24,11 @@ from osft_operator.observed import (
     is_true,
     time_of,
 )
-from osft_operator.obstacles import LONG_SECONDS, in_the_way
+from osft_operator.obstacles import LONG_SECONDS, in_the_way, kind_is_missing
 from osft_operator.render import checkpoint_claim, pytorch_job
 from osft_operator.resolved import Resolved, resolve
 from osft_operator.restarts import beyond_budget
+from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob
 
 QUEUE_SECONDS = 300.0
@@ -52,35 +53,38 @@ def begin(draft: Draft, job: OSFTJob) -> None:
     draft.condition("Running", "False", "Starting", "the PyTorchJob is being made")
 
 
-def follow(draft: Draft, job: OSFTJob) -> None:
-    """Do and see what follows from the recorded attempt."""
-    if "resolved" in draft.status:
-        resolved = Resolved.model_validate(draft.status["resolved"])
-    else:
-        resolved = resolve(job, draft.observed.settings)
-        draft.status["resolved"] = resolved.to_status()
+def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
+    """Do and see what follows from the recorded attempt.
+
+    Args:
+        draft: the decision.
+        run: what steers the run.
+        job: what an attempt is made of; None when none may be made now.
+    """
+    if job is not None and "resolved" not in draft.status:
+        draft.status["resolved"] = resolve(job, draft.observed.settings).to_status()
     name = draft.status["pyTorchJobName"]
     current = draft.observed.job_named(name)
-    if current is None and not job.spec.suspend and _past_deadline(draft, job):
+    if current is None and not run.suspend and _past_deadline(draft, run):
         return
     if _earlier_attempts_remain(draft, name):
         return
     if current is not None:
         if (current["metadata"].get("labels") or {}).get(names.JOB_LABEL) != draft.observed.name:
             draft.look_again(SHORT_SECONDS)  # no watch tells of it
-        _watch(draft, job, resolved, current)
+        _watch(draft, run, current)
         if not endings.is_finished(draft.status):
-            stall.judge(draft, job)
-    elif job.spec.suspend:
+            stall.judge(draft, run)
+    elif run.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
         draft.condition("Running", "False", "Suspended")
     elif "pyTorchJobUID" in draft.status and not draft.observed.pytorch_job_kind_present:
         # nobody can say whether it is gone
-        in_the_way(draft, job, resolved, name)
+        kind_is_missing(draft)
     elif "pyTorchJobUID" in draft.status:
-        _replace_missing(draft, job)
+        _replace_missing(draft, run)
     else:
-        _create(draft, job, resolved, name)
+        _create(draft, job, name)
 
 
 def _earlier_attempts_remain(draft: Draft, name: str) -> bool:
@@ -94,7 +98,7 @@ def _earlier_attempts_remain(draft: Draft, name: str) -> bool:
     return bool(earlier)
 
 
-def _replace_missing(draft: Draft, job: OSFTJob) -> None:
+def _replace_missing(draft: Draft, run: RunPolicy) -> None:
     """The attempt's PyTorchJob was there and is gone: by us to suspend, or by somebody."""
     if draft.recorded("Suspended") == ("True", SUSPENDED_BY_USER):
         draft.condition("Suspended", "False", "Resumed")
@@ -103,13 +107,16 @@ def _replace_missing(draft: Draft, job: OSFTJob) -> None:
         return
     name = draft.status["pyTorchJobName"]
     why = f"PyTorchJob {name} was deleted by somebody else"
-    if not attempts.record_restart(draft, job, why):
+    if not attempts.record_restart(draft, run, why):
         endings.fail(draft, "PyTorchJobDeleted", f"{why}, and no restart is left")
 
 
-def _create(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> None:
+def _create(draft: Draft, job: OSFTJob | None, name: str) -> None:
     if draft.recorded("Suspended")[0] == "True":
         draft.condition("Suspended", "False", "Resumed")
+    if job is None:
+        return  # the condition Accepted says why, and a changed spec or operator is news
+    resolved = Resolved.model_validate(draft.status["resolved"])
     if in_the_way(draft, job, resolved, name) or not attempts.wait_is_over(draft):
         return
     claim = checkpoint_claim(job, resolved)
@@ -122,9 +129,8 @@ def _create(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> None:
     draft.events.append(Event("Normal", "PyTorchJobCreated", f"made PyTorchJob {name}"))
 
 
-def _watch(draft: Draft, job: OSFTJob, resolved: Resolved, current: Object) -> None:
+def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
     """The attempt's PyTorchJob is there: its end, its failures, its pods."""
-    draft.condition("Accepted", "True", "SpecValid")
     pods = draft.observed.pods_of(current)
     ended = failure.cause(pods)
     if is_true(current, "Succeeded"):
@@ -132,30 +138,30 @@ def _watch(draft: Draft, job: OSFTJob, resolved: Resolved, current: Object) -> N
     elif ended is not None and ended.is_final:
         endings.fail_by_pods(draft, pods)
     elif is_deleting(current):
-        if not _past_deadline(draft, job):
-            _see_off(draft, job)
+        if not _past_deadline(draft, run):
+            _see_off(draft, run)
     elif is_true(current, "Failed"):
         condition = find_condition(current["status"], "Failed")
         why = ended.words() if ended else failure.clean(condition.get("message"))
-        if not attempts.record_restart(draft, job, why):
+        if not attempts.record_restart(draft, run, why):
             endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
-    elif beyond_budget(draft.observed.status, draft.status, job.spec.max_restarts):
+    elif beyond_budget(draft.observed.status, draft.status, run.max_restarts):
         recorded = draft.observed.status.get("restarts", 0)
-        draft.status["restarts"] = max(recorded, job.spec.max_restarts)
+        draft.status["restarts"] = max(recorded, run.max_restarts)
         endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
-    elif not _past_deadline(draft, job):
-        _suspend_or_run(draft, job, resolved, current, pods)
+    elif not _past_deadline(draft, run):
+        _suspend_or_run(draft, run, current, pods)
 
 
-def _see_off(draft: Draft, job: OSFTJob) -> None:
+def _see_off(draft: Draft, run: RunPolicy) -> None:
     draft.condition("Running", "False", "Waiting", "the PyTorchJob is being deleted")
-    if job.spec.suspend:
+    if run.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
 
 
-def _past_deadline(draft: Draft, job: OSFTJob) -> bool:
+def _past_deadline(draft: Draft, run: RunPolicy) -> bool:
     """Fail a job that was active for too long; time in a queue or suspended does not count."""
-    limit = job.spec.active_deadline_seconds
+    limit = run.active_deadline_seconds
     if limit is None or find_condition(draft.status, "Suspended")["status"] == "True":
         return False
     resumed = find_condition(draft.status, "Suspended")["lastTransitionTime"]
@@ -169,25 +175,23 @@ def _past_deadline(draft: Draft, job: OSFTJob) -> bool:
     return True
 
 
-def _suspend_or_run(
-    draft: Draft, job: OSFTJob, resolved: Resolved, current: Object, pods: list[Object]
-) -> None:
+def _suspend_or_run(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
     metadata, suspended = current["metadata"], is_suspended(current)
     recorded = draft.recorded("Suspended")
-    if job.spec.suspend:
+    if run.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
         draft.condition("Running", "False", "Suspended")
         if recorded != ("True", SUSPENDED_BY_USER):
             draft.look_again(0)
-        elif job.queue_name is not None:
+        elif run.queue_name is not None:
             # Kueue would take back a suspension; deleting gives the quota back
             draft.do(DeletePyTorchJob(metadata["name"], metadata.get("uid", "")))
         elif not suspended:
             draft.do(SuspendPyTorchJob(metadata["name"], metadata.get("uid", ""), True))
-    elif suspended and recorded == ("True", SUSPENDED_BY_USER) and job.queue_name is None:
+    elif suspended and recorded == ("True", SUSPENDED_BY_USER) and run.queue_name is None:
         draft.do(SuspendPyTorchJob(metadata["name"], metadata.get("uid", ""), False))
     elif suspended:
-        words = kueue.words(job.queue_name, draft.observed.workload)
+        words = kueue.words(run.queue_name, draft.observed.workload)
         draft.condition("Suspended", "True", "Queued", words)
         draft.condition("Running", "False", "Waiting")
         # nothing is heard of Workloads, so they are read; less often the longer it takes
@@ -197,4 +201,4 @@ def _suspend_or_run(
         reason = "Resumed" if recorded[0] == "True" else "NotSuspended"
         if recorded != ("False", "Resumed"):
             draft.condition("Suspended", "False", reason)
-        gang.look(draft, job, resolved, current, pods)
+        gang.look(draft, run, current, pods)

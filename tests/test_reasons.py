@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job_samples import Object
-from osft_operator.observed import text_of
+from osft_operator.observed import Said, text_of
 from osft_trainer.report import Progress
 from world import START, World, last_words
 
@@ -171,7 +171,8 @@ def test_why_it_waits(case: Waits) -> None:
     assert world.claim is not None
     world.claim["status"] = {"phase": case.claim}
     world.claim["metadata"]["uid"] = "claim"
-    world.news = {pod["metadata"]["uid"]: case.event, "claim": case.claim_event}
+    said = {pod["metadata"]["uid"]: case.event, "claim": case.claim_event}
+    world.news = {uid: Said(*text.split(": ", 1)) for uid, text in said.items() if text}
     world.wait(600)
     decision = world.settle()
     running = world.condition("Running")
@@ -182,6 +183,68 @@ def test_why_it_waits(case: Waits) -> None:
     assert not {"\x1b", "\x00", "\u202e"} & set(running["message"])
     assert len(running["message"]) <= 4096
     assert decision.requeue_after, "what a person changes is looked for"
+
+
+def test_what_goes_well_is_shown_and_no_warning() -> None:
+    world = World()
+    world.settle()
+    world.run_pods()
+    (pod,) = world.pods
+    pod["status"] = {"phase": "Pending", **container("ContainerCreating")}
+    uid = pod["metadata"]["uid"]
+    world.news = {uid: Said("Pulling", 'Pulling image "trainer:1"', is_warning=False)}
+    world.wait(60)
+    decision = world.settle()
+    running = world.condition("Running")
+    assert running["reason"] == "PodsStarting"
+    assert running["message"] == 'pod sample-master-0: Pulling image "trainer:1"'
+    assert "Pulling" not in world.events
+    assert decision.requeue_after
+
+
+NOT_READY = {"type": "Ready", "status": "False"}
+LOST = {
+    "node controller took Ready away": {"conditions": [NOT_READY]},
+    "unknown": {"phase": "Unknown"},
+    "old word": {"reason": "NodeLost"},
+}
+
+
+@pytest.mark.parametrize("status", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_pod_on_a_lost_node_does_not_run(status: dict[str, Any], leaves: bool) -> None:
+    world = World({"spec.nnodes": 2})
+    world.settle()
+    world.run_pods(count=2)
+    world.settle()
+    assert world.condition("Running")["message"] == "2 of 2 pods run"
+    world.pods[1]["status"] |= status
+    if leaves:
+        world.pods[1]["metadata"]["deletionTimestamp"] = text_of(world.now)
+    world.settle()
+    running = world.condition("Running")
+    assert (running["status"], running["reason"]) == ("False", "NodeLost")
+    assert "sample-worker-0" in running["message"]
+
+
+def test_a_pod_that_leaves_does_not_run() -> None:
+    world = World()
+    world.settle()
+    world.run_pods()
+    world.settle()
+    world.pods[0]["metadata"]["deletionTimestamp"] = text_of(world.now)
+    world.settle()
+    running = world.condition("Running")
+    assert (running["status"], running["message"]) == ("False", "0 of 1 pods run")
+
+
+def test_a_pod_that_a_probe_finds_not_ready_runs() -> None:
+    world = World()
+    world.settle()
+    world.run_pods()
+    world.pods[0]["status"]["conditions"] = [{**NOT_READY, "reason": "ContainersNotReady"}]
+    world.settle()
+    assert world.condition("Running")["status"] == "True"
 
 
 @dataclass(frozen=True)

@@ -572,6 +572,65 @@ def test_the_last_word_comes_from_the_termination_message() -> None:
     assert "/checkpoints/sample/final" in world.condition("Complete")["message"]
 
 
+def at(step: int, time: str, **changes: object) -> Progress:
+    """What a trainer says whose node's clock shows this time."""
+    told = {"run_id": "uid-1", "total_steps": 900, "last_updated_time": f"2026-01-02T{time}Z"}
+    return Progress.model_validate({**told, "step": step, **changes})
+
+
+def heard(world: World, progress: Progress | None) -> int:
+    """The step that the status shows after an answer that is new now."""
+    world.progress = progress
+    world.since = world.now
+    world.settle()
+    step: int = world.status["progress"]["step"]
+    return step
+
+
+def test_progress_goes_on_at_a_node_whose_clock_is_behind() -> None:
+    world = running({"spec.maxRestarts": 9})
+    assert heard(world, at(80, "10:00:00")) == 80
+    world.wait(60)
+    world.replace_pod()
+    assert heard(world, at(81, "08:00:00")) == 81, "the pod was made again elsewhere"
+    world.wait(60)
+    world.tell("sample", "Failed")
+    world.progress = None
+    world.settle()
+    world.wait(10)
+    world.settle()
+    world.run_pods("sample-a2")
+    assert heard(world, at(50, "06:00:00", attempt=2)) == 50
+    assert heard(world, at(900, "11:00:00", attempt=1)) == 50, "an earlier attempt's words"
+
+
+def test_an_answer_from_before_the_last_words_is_no_news() -> None:
+    world = running({"spec.maxRestarts": 9})
+    old = at(119, "10:00:00")
+    assert heard(world, old) == 119
+    world.wait(1)
+    world.end(75, last_words("TryAgain", 75, "peer gone", at(120, "10:00:01")))
+    container = world.pods[0]["status"]["containerStatuses"][0]
+    container["state"], container["lastState"] = container["lastState"], {}
+    world.settle()
+    assert world.status["progress"]["step"] == 120, "the poller still has the answer of before"
+    container["state"], container["lastState"] = {"running": {}}, container["state"]
+    world.wait(30)
+    assert heard(world, at(100, "09:00:00")) == 100, "from the newest checkpoint"
+    world.settle()
+    assert world.status["progress"]["step"] == 100
+
+
+def test_last_words_from_a_node_whose_clock_is_behind_are_news() -> None:
+    world = running({"spec.maxRestarts": 9})
+    assert heard(world, at(80, "10:00:00")) == 80
+    world.progress = None
+    world.replace_pod()
+    world.end(75, last_words("TryAgain", 75, "peer gone", at(95, "09:00:00")))
+    world.settle()
+    assert world.status["progress"]["step"] == 95
+
+
 def test_a_condition_keeps_its_time() -> None:
     world = running()
     before = world.condition("Running")["lastTransitionTime"]

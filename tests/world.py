@@ -19,7 +19,7 @@ from osft_operator.decide import (
     SuspendPyTorchJob,
     decide,
 )
-from osft_operator.observed import Observed, text_of
+from osft_operator.observed import Observed, Said, text_of
 from osft_operator.resolved import RenderSettings
 from osft_trainer.report import Progress, Termination
 
@@ -39,8 +39,9 @@ class World:
         self.claim: Object | None = None
         self.kind_present = True
         self.progress: Progress | None = None
+        self.since: datetime.datetime | None = None
         self.newest_event = ""
-        self.news: dict[str, str] = {}
+        self.news: dict[str, Said] = {}
         self.workload: Object | None = None
         self.listening = float("inf")
         self.made = 0
@@ -59,6 +60,7 @@ class World:
             pods=tuple(copy.deepcopy(self.pods)),
             claim=copy.deepcopy(self.claim),
             progress=self.progress,
+            progress_since=self.since if self.progress else None,
             pytorch_job_kind_present=self.kind_present,
             newest_event=self.newest_event,
             news=self.news,

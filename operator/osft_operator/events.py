@@ -19,6 +19,7 @@ from osft_operator.actions import Event
 from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
 from osft_operator.kinds import EVENTS, Object
 from osft_operator.leader import LeaseLost
+from osft_operator.observed import Said
 
 logger = logging.getLogger(__name__)
 
@@ -160,17 +161,18 @@ class Backlog(Recorder):
             logger.exception("The event %s was lost", event.reason)
 
 
-async def newest_about(cluster: Cluster, namespace: str, uid: str) -> str:
-    """The newest event's text about an object; empty when there is none or nobody answers."""
+async def newest_about(cluster: Cluster, namespace: str, uid: str) -> Said | None:
+    """The newest event about an object; None when there is none or nobody answers."""
     try:
         found = await cluster.list_all(EVENTS, namespace, fields=f"involvedObject.uid={uid}")
     except ClusterError as error:
         logger.warning("The events about %s could not be read: %s", uid, error)
-        return ""
+        return None
     if not found.items:
-        return ""
+        return None
     newest = max(found.items, key=_time)
-    return f"{newest.get('reason', '')}: {newest.get('message', '')}"
+    is_warning = newest.get("type") == "Warning"
+    return Said(newest.get("reason") or "", newest.get("message") or "", is_warning)
 
 
 def _time(event: Object) -> str:

@@ -129,9 +129,22 @@ def running_count(pods: Sequence[Object]) -> int:
     return sum(map(_runs, pods))
 
 
+def is_lost(pod: Object) -> bool:
+    """Whether its node does not answer any more, so that its containers' states are old."""
+    status = pod.get("status") or {}
+    if status.get("phase") == "Unknown" or status.get("reason") == "NodeLost":
+        return True
+    # The node controller takes Ready away and gives no reason; a kubelet always gives one.
+    ready = find_condition(status, "Ready")
+    silent = ready.get("status") == "False" and not ready.get("reason")
+    return status.get("phase") == "Running" and silent
+
+
 def _runs(pod: Object) -> bool:
     if (pod.get("status") or {}).get("phase") == "Succeeded":
         return True
+    if is_deleting(pod) or is_lost(pod):
+        return False
     return any(
         "running" in (status.get("state") or {})
         or ((status.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
@@ -140,12 +153,17 @@ def _runs(pod: Object) -> bool:
     )
 
 
-def last_progress(pods: Sequence[Object]) -> Progress | None:
-    """The furthest progress in the last words of the trainers."""
+def last_progress(pods: Sequence[Object], *, ended_only: bool) -> Progress | None:
+    """The furthest progress in the last words of the trainers.
+
+    Args:
+        pods: those of an attempt.
+        ended_only: leave out trainers that were started again since.
+    """
     found = []
     for pod in pods:
         for status in _statuses(pod):
-            for key in ("state", "lastState"):
+            for key in ("state",) if ended_only else ("state", "lastState"):
                 terminated = (status.get(key) or {}).get("terminated") or {}
                 words = Termination.parse(str(terminated.get("message") or ""))
                 if words is not None and words.progress is not None:

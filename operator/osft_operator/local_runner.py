@@ -162,7 +162,10 @@ class PodProcess:
             "podIPs": [{"ip": self.at.pod_ip}],
             "startTime": began,
             "conditions": [
-                {"type": kind, "status": str(value)} for kind, value in conditions.items()
+                {"type": kind, "status": str(value)}
+                # a kubelet never takes one away without a reason
+                | ({} if value else {"reason": "ContainersNotReady"})
+                for kind, value in conditions.items()
             ],
             "initContainerStatuses": [
                 *(each.status() for each in self._init),

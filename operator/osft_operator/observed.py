@@ -19,6 +19,18 @@ Object = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Said:
+    """An event about an object that is not ours."""
+
+    reason: str
+    message: str
+    is_warning: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+@dataclass(frozen=True)
 class Observed:
     """One OSFTJob with everything that belongs to it, or is in its way."""
 
@@ -44,8 +56,8 @@ class Observed:
     """Whether the API server knows PyTorchJobs."""
     newest_event: str = ""
     """Text of the newest event about a PyTorchJob that has no pods."""
-    news: Mapping[str, str] = field(default_factory=dict)
-    """Text of the newest event by uid, of pods that do not start and of a claim that waits."""
+    news: Mapping[str, Said] = field(default_factory=dict)
+    """The newest event by uid, of pods that do not start and of a claim that waits."""
     workload: Object | None = None
     """Kueue's Workload of a PyTorchJob that waits in a queue, where it can be read."""
 

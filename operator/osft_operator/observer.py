@@ -15,7 +15,7 @@ from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import attempt_name, claim_name
-from osft_operator.observed import Observed, controller
+from osft_operator.observed import Observed, Said, controller
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.resolved import RenderSettings
@@ -63,7 +63,7 @@ class Observer:
             youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
             if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
                 uid = youngest["metadata"]["uid"]
-                newest = await newest_about(self._cluster, key.namespace, uid)
+                newest = str(await newest_about(self._cluster, key.namespace, uid) or "")
         wanted = bool(late) or not _has_own(job, pytorch_jobs)
         claim = await self._claim(key, job, wanted=wanted)
         heard = self._poller.heard(key)
@@ -83,13 +83,16 @@ class Observer:
             workload=await self._workloads.of(job, pytorch_jobs),
         )
 
-    async def _news(self, key: Key, late: Sequence[Object], claim: Object | None) -> dict[str, str]:
+    async def _news(
+        self, key: Key, late: Sequence[Object], claim: Object | None
+    ) -> dict[str, Said]:
         """The newest event about one pod that does not start, and about a claim that waits."""
         asked = [late[0]]
         if claim is not None and (claim.get("status") or {}).get("phase") == "Pending":
             asked.append(claim)
         uids = [body["metadata"]["uid"] for body in asked]
-        return {uid: await newest_about(self._cluster, key.namespace, uid) for uid in uids}
+        said = [(uid, await newest_about(self._cluster, key.namespace, uid)) for uid in uids]
+        return {uid: event for uid, event in said if event is not None}
 
     def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
         """All that bear our label, and others' that have a name we would give."""

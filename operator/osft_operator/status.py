@@ -50,7 +50,9 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
         restarts.count(status, current, pods, replicas(current))
         if (ended := failure.cause(pods)) is not None:
             status["failure"] = ended.to_status()
-    for progress in (observed.progress, failure.last_progress(pods)):
+    # whoever answers now has gone on from the last words of before
+    words = failure.last_progress(pods, ended_only=observed.progress is not None)
+    for progress in (observed.progress, words):
         if progress is not None and _is_news(progress, observed, status):
             status["progress"] = _progress(progress, observed, status, now)
             status["checkpoint"] = _checkpoint(progress)
@@ -118,12 +120,19 @@ def _is_news(progress: Progress, observed: Observed, status: Status) -> bool:
     if progress.attempt > status.get("attempt", 1):
         return False
     known = status.get("progress", {})
+    attempt, before = max(1, progress.attempt), int(known.get("attempt", 0))
+    if attempt != before:
+        return attempt > before
     done = status.get("checkpoint", {}).get("final")
     if done is not None and progress.final is None:
         return False
-    # a restart goes back to the newest checkpoint, so fewer steps than before can be news
-    before: str = known.get("lastUpdatedTime", "")
-    return (progress.last_updated_time or "") >= before
+    # A restart goes back to the newest checkpoint, so fewer steps than before can be news.
+    if (progress.last_updated_time or "") >= str(known.get("lastUpdatedTime", "")):
+        return True
+    # Or it went on at a node whose clock is behind. Then our own clock tells.
+    if progress is observed.progress and observed.progress_since is not None:
+        return text_of(observed.progress_since) > str(known.get("advancedTime", ""))
+    return progress.step > int(known.get("step", 0))
 
 
 def _progress(

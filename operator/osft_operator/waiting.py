@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from osft_operator.failure import clean, word
-from osft_operator.observed import Object, is_deleting, time_of
+from osft_operator.failure import clean, is_lost, word
+from osft_operator.observed import Object, Said, is_deleting, time_of
 from osft_trainer.report import duration
 
 Reason = tuple[str, str]
@@ -38,6 +38,8 @@ CURES = {
 }
 INIT_STUCK_SECONDS = 300.0
 """An init container that runs for so long is worth a word; it may still be right."""
+STARTING = "PodsStarting"
+"""The reason of pods with which nothing is wrong."""
 MASTER_WAIT = "init-pytorch"
 """The training-operator's init container of a worker: it waits for the master's name."""
 
@@ -50,7 +52,7 @@ def reason(
     pods: Sequence[Object],
     spec: Mapping[str, Any],
     claim: Object | None,
-    news: Mapping[str, str],
+    news: Mapping[str, Said],
     now: datetime.datetime,
 ) -> Reason | None:
     """Why the pods do not start; None when nothing is known to be wrong.
@@ -59,16 +61,16 @@ def reason(
         pods: those of the attempt.
         spec: the OSFTJob's, to name the field that names what is missing.
         claim: for checkpoints, if it was looked at.
-        news: the newest event's text by uid, of a pod or of the claim, where one was looked for.
+        news: the newest event by uid, of a pod or of the claim, where one was looked for.
         now: the time.
     """
     pending = [pod for pod in pods if not is_deleting(pod) and _phase(pod) in ("Pending", "")]
-    unknown = [pod for pod in pods if _phase(pod) == "Unknown"]
+    unknown = list(filter(is_lost, pods))
     for look in (
         lambda pod: _of_containers(pod, spec),
         lambda pod: _of_scheduler(pod, claim, news),
         lambda pod: _of_slow_init(pod, now),
-        lambda pod: _of_event(pod, news.get(pod["metadata"].get("uid", ""), ""), spec),
+        lambda pod: _of_event(pod, news.get(pod["metadata"].get("uid", "")), spec),
     ):
         found = next(filter(None, map(look, pending)), None)
         if found is not None:
@@ -100,14 +102,14 @@ def _of_containers(pod: Object, spec: Mapping[str, Any]) -> Reason | None:
     return None
 
 
-def _of_scheduler(pod: Object, claim: Object | None, news: Mapping[str, str]) -> Reason | None:
+def _of_scheduler(pod: Object, claim: Object | None, news: Mapping[str, Said]) -> Reason | None:
     for condition in (pod.get("status") or {}).get("conditions") or []:
         if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
             continue
         text = clean(condition.get("message"))
         pending = ((claim or {}).get("status") or {}).get("phase") == "Pending"
         if claim is not None and pending and any(each in text for each in _VOLUME_WORDS):
-            told = clean(news.get(claim["metadata"].get("uid", ""), ""))
+            told = clean(news.get(claim["metadata"].get("uid", "")))
             own = f"claim {claim['metadata']['name']} is Pending" + (f": {told}" if told else "")
             return "ClaimPending", f"{own}; pod {pod['metadata']['name']}: {text}"
         return word(condition.get("reason"), "Unschedulable"), (
@@ -134,14 +136,14 @@ def _of_slow_init(pod: Object, now: datetime.datetime) -> Reason | None:
     return None
 
 
-def _of_event(pod: Object, event: str, spec: Mapping[str, Any]) -> Reason | None:
-    """An event's text is `Reason: message`."""
-    said, _, text = clean(event).partition(": ")
-    if not text:
+def _of_event(pod: Object, event: Said | None, spec: Mapping[str, Any]) -> Reason | None:
+    text = clean(event.message) if event is not None else ""
+    if event is None or not text:
         return None
     cure = missing(text, spec)
     words = f"pod {pod['metadata']['name']}: {text}" + (f"; {cure}" if cure else "")
-    return word(said, "PodsStarting"), words
+    # what is said of a pod on its good way is no reason of its own
+    return word(event.reason, STARTING) if event.is_warning else STARTING, words
 
 
 def missing(text: str, spec: Mapping[str, Any]) -> str:

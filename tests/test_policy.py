@@ -280,13 +280,26 @@ def test_an_allowed_capability_reaches_the_pod_and_all_others_are_dropped() -> N
     assert context["allowPrivilegeEscalation"] is False
 
 
-def test_code_of_a_model_can_be_forbidden() -> None:
-    changes = {"spec.training.trustRemoteCode": True}
-    assert _denied(changes) == []
-    (line,) = _denied(changes, Allowed(allow_remote_code=False))
-    assert line.startswith("spec.training.trustRemoteCode: ")
-    assert line.endswith("(rule RemoteCode)")
-    assert _denied({}, Allowed(allow_remote_code=False)) == []
+@pytest.mark.parametrize("kind", ["containers", "initContainers"])
+def test_the_administrators_own_trainer_may_be_named_without_being_listed(kind: str) -> None:
+    allowed = Allowed(trainer_image="here/trainer:2", allowed_images=("there/*",))
+    assert _denied({"spec.image": "here/trainer:2"}, allowed) == []
+    assert _denied({f"{POD}.{kind}": [{"name": "s", "image": "here/trainer:2"}]}, allowed) == []
+    # only that very image, not another tag or digest of it
+    for image in ("here/trainer:3", "here/trainer", "x/here/trainer:2", "here/trainer:2@sha256:0"):
+        (line,) = _denied({"spec.image": image}, allowed)
+        assert line.startswith(f"spec.image: {image} is not allowed here; allowed are: there/*")
+
+
+def test_the_list_of_images_and_the_trainers_own_reach_the_judgement() -> None:
+    world = World({"spec.image": "here/trainer:2"})
+    update = {"allowed_images": (), "trainer_image": "here/trainer:1"}
+    world.settings = world.settings.model_copy(update=update)
+    world.settle()
+    assert world.condition("Accepted")["reason"] == "Denied"
+    world.settings = world.settings.model_copy(update={"trainer_image": "here/trainer:2"})
+    world.settle()
+    assert list(world.jobs) == ["sample"]
 
 
 def test_a_rule_made_later_leaves_a_running_job_alone_and_holds_its_next_attempt() -> None:

@@ -22,6 +22,8 @@ Object = dict[str, Any]
 
 SHUTDOWN_RESERVE_SECONDS = 30
 """Part of the grace period that torchrun keeps for itself after its processes saved."""
+OWN_CODE_ONLY = {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
+"""No module comes from the working folder, nor from packages in HOME, which is a user's volume."""
 NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 RESTRICTED_CONTAINER: Object = {
     "allowPrivilegeEscalation": False,
@@ -143,7 +145,7 @@ def _literal(argument: str) -> str:
 def _environment(job: OSFTJob, resolved: Resolved, rank: list[Object]) -> list[Object]:
     """Defaults that the user may replace, the user's variables, then the operator's."""
     spec = job.spec
-    defaults = cache_variables(spec)
+    defaults = {**OWN_CODE_ONLY, **cache_variables(spec)}
     if resolved.omp_num_threads is not None:
         defaults["OMP_NUM_THREADS"] = str(resolved.omp_num_threads)
     merged = {name: _variable(name, value) for name, value in defaults.items()}

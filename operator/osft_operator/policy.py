@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from osft_operator import names, policy_pod
+from osft_operator import names, policy_code, policy_pod
 from osft_operator.policy_allowed import Allowed, matches, words
 from osft_operator.policy_security import Denial, Rule
 from osft_operator.spec import OSFTJob
@@ -36,7 +36,7 @@ def denials(job: OSFTJob, allowed: Allowed | None = None) -> list[Denial]:
         *_environment(job),
         *_queue(job),
         *_classes(job, allowed),
-        *_code(job, allowed),
+        *(() if allowed.allow_remote_code else policy_code.denials(job)),
         *_metadata(template.metadata),
         *policy_pod.denials(job, allowed),
     ]
@@ -93,12 +93,6 @@ def _classes(job: OSFTJob, allowed: Allowed) -> Iterator[Denial]:
             listed = words(allowed.allowed_priority_classes)
             text = f"{name} is not allowed here; allowed are: {listed}"
             yield Denial(Rule.PRIORITY_CLASS, where, text)
-
-
-def _code(job: OSFTJob, allowed: Allowed) -> Iterator[Denial]:
-    if job.spec.training.trust_remote_code and not allowed.allow_remote_code:
-        text = "code that comes with a model may not run here: remove it, or use another model"
-        yield Denial(Rule.REMOTE_CODE, "spec.training.trustRemoteCode", text)
 
 
 def _metadata(metadata: Object) -> Iterator[Denial]:

@@ -20,10 +20,12 @@ Patterns = Annotated[tuple[Pattern, ...], Field(max_length=256)]
 
 
 class Allowed(BaseModel):
-    """The allow-lists. The trainer's own image needs no entry."""
+    """The allow-lists, and the one image that needs no entry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    trainer_image: str = "osft-trainer:0.1.0"
+    """Image of the trainer, for jobs that name none; also a job that names it may have it."""
     allowed_images: Patterns = ANYTHING
     """Images that OSFTJobs may name, as they write them, for instance `registry.example.com/*`."""
     allowed_service_accounts: Patterns = ()
@@ -36,7 +38,13 @@ class Allowed(BaseModel):
     """Capabilities that containers may add, for instance IPC_LOCK for RDMA; Pod Security
     `restricted` refuses such pods."""
     allow_remote_code: bool = True
-    """Whether training.trustRemoteCode may be true: it runs Python code that comes with a model."""
+    """Whether jobs may run code that no image brings: that of a model (trustRemoteCode), commands,
+    variables that load code."""
+
+
+def may_run(image: str, allowed: Allowed) -> bool:
+    """Whether a container may have an image: a listed one, or the administrator's own trainer."""
+    return image == allowed.trainer_image or matches(image, allowed.allowed_images)
 
 
 def matches(value: str, patterns: Sequence[str]) -> bool:

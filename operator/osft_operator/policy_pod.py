@@ -12,7 +12,7 @@ from typing import Any
 
 from osft_operator import names
 from osft_operator.pod_merge import APPENDED, KEYS
-from osft_operator.policy_allowed import Allowed, matches, refused_labels, words
+from osft_operator.policy_allowed import Allowed, matches, may_run, refused_labels, words
 from osft_operator.policy_security import Denial, Rule, security
 from osft_operator.spec import JobSpec, OSFTJob
 
@@ -118,7 +118,7 @@ def denials(job: OSFTJob, allowed: Allowed) -> Iterator[Denial]:
 
 
 def _image(image: Any, where: str, allowed: Allowed) -> Iterator[Denial]:
-    if image is not None and not matches(str(image), allowed.allowed_images):
+    if image is not None and not may_run(str(image), allowed):
         text = f"{image} is not allowed here; allowed are: {words(allowed.allowed_images)}"
         yield Denial(Rule.IMAGE, where, text)
 

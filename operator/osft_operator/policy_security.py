@@ -35,7 +35,8 @@ class Rule(enum.StrEnum):
     PRIORITY_CLASS = "PriorityClass"
     """A priority class that is not in the list of allowed ones."""
     REMOTE_CODE = "RemoteCode"
-    """trustRemoteCode, where the administrator forbids it."""
+    """Code that no image brings, where the administrator forbids it: trustRemoteCode, commands,
+    variables that load code, mounts over programs."""
     REPEATED_VARIABLE = "RepeatedVariable"
     """One environment variable, two values."""
     RESERVED_LABEL = "ReservedLabel"

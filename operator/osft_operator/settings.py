@@ -33,8 +33,6 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class Settings(Allowed):
     """What an administrator decides. What a user decides is in the OSFTJob."""
 
-    trainer_image: str = "osft-trainer:0.1.0"
-    """Image of the trainer, for jobs that name none."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Pull policy of the trainer's image, for jobs that name none."""
     pytorch_job_shape: Literal["master-worker", "worker-only"] = "master-worker"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from osft_operator import job_metrics, logs, transitions
@@ -204,14 +203,6 @@ def test_each_change_of_state_is_one_line_that_names_the_job_and_the_pass() -> N
     assert (last["osftjob"], last["reconcile_id"]) == ("ns/sample", "abc")
     assert (last["reason"], last["detail"]) == ("PodsRunning", "1 of 1 pods run")
     assert (last["pytorchjob"], last["generation"]) == ("sample", 1)
-
-
-def test_what_a_log_line_is_about_ends_with_the_pass(caplog: pytest.LogCaptureFixture) -> None:
-    formatter = logs.JSONFormatter()
-    record = logging.makeLogRecord({"msg": "hello"})
-    with logs.about(osftjob="a/b"):
-        assert json.loads(formatter.format(record))["osftjob"] == "a/b"
-    assert "osftjob" not in json.loads(formatter.format(record))
 
 
 def test_every_end_has_its_series_before_the_first_job_ends() -> None:

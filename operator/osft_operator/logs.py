@@ -45,11 +45,38 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= _about.get({})
-        line |= {k: v for k, v in vars(record).items() if k not in _STANDARD}
+        line |= _fields(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people: time, severity, what it is about, the words, and the other fields."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without a traceback, which follows it."""
+        words = [f"{name}={_word(value)}" for name, value in _fields(record).items()]
+        return " ".join([_plain(super().formatMessage(record)), *words])
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What a record is about, and what its call gave in `extra`."""
+    given = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    return {**_about.get({}), **given}
+
+
+def _plain(text: str) -> str:
+    """One line without control characters: what others wrote must not look like a line of ours."""
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def _word(value: Any) -> str:
+    text = str(value)
+    return text if text and text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 def configure(style: str, level: str) -> None:
@@ -60,9 +87,5 @@ def configure(style: str, level: str) -> None:
         level: least severity that is logged.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JSONFormatter()
-        if style == "json"
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    )
+    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -129,3 +129,25 @@ def test_helm_test_passes_where_the_operator_answers_and_fails_elsewhere() -> No
     finally:
         close()
     assert run(port).returncode != 0
+
+
+@pytest.mark.parametrize("case", ["network policy", "defaults"])
+def test_the_network_policy_lets_helm_test_through(case: str) -> None:
+    values = {**MATRIX[case], "nameOverride": "n" * 63}
+    objects = render(
+        {**values, "networkPolicy": {**values.get("networkPolicy", {}), "enabled": True}}
+    )
+    test, policy = only(objects, "Pod"), only(objects, "NetworkPolicy")
+    operator = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= operator
+    (rule,) = [each for each in policy["spec"]["ingress"] if each["ports"][0]["port"] == 8080]
+    # a peer without a namespaceSelector is in the policy's own namespace; no peers are all
+    assert test["metadata"]["namespace"] == policy["metadata"]["namespace"]
+    chosen = [
+        peer["podSelector"]["matchLabels"].items()
+        for peer in rule.get("from", [])
+        if peer.keys() == {"podSelector"}
+    ]
+    assert "from" not in rule or any(
+        each <= test["metadata"]["labels"].items() for each in chosen
+    ), "helm test would time out"

@@ -22,6 +22,12 @@ app.kubernetes.io/name: {{ include "osft-operator.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* The pod of `helm test`. Not the operator's: its Service must not lead there. */}}
+{{- define "osft-operator.testLabels" -}}
+app.kubernetes.io/name: {{ include "osft-operator.name" . | trunc 58 | trimSuffix "-" }}-test
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "osft-operator.labels" -}}
 {{- with .Values.commonLabels }}
 {{- toYaml . }}

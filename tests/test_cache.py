@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from osft_operator.cache import Cache
 from osft_operator.cluster import KindMissing, Listing
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Kind
+from osft_operator.metrics import registry
 from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
 from osft_operator.resync import Resync
@@ -97,3 +100,38 @@ def test_a_kind_that_seems_missing_takes_no_object_along() -> None:
     assert asyncio.run(resync.run()) == set()
     assert PYTORCHJOBS not in resync.present
     assert len(cache.children(PYTORCHJOBS, KEY)) == 1
+
+
+class Lists:
+    """A server whose list of pods is a little ahead of its watches."""
+
+    def __init__(self) -> None:
+        self.version = 1
+
+    async def list_all(self, kind: Kind, *_: object, **__: object) -> Listing:
+        pods = [body("p", self.version, uid="p", job="job")] if kind is PODS else []
+        return Listing(pods, str(self.version))
+
+
+def drift() -> float:
+    return registry.get_sample_value("osft_operator_resync_drift_total", {"kind": "pods"}) or 0.0
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_list_that_is_only_faster_than_the_watch_is_no_drift(told: bool) -> None:
+    server, now = Lists(), 0.0
+    resync = Resync(server, Cache(), [], clock=lambda: now)  # type: ignore[arg-type]
+    asyncio.run(resync.run())
+    before, server.version = drift(), 2
+    assert asyncio.run(resync.run()) == {KEY}
+    now = 1.0
+    resync.settle()
+    assert drift() == before, "the watch has had no time yet"
+    if told:
+        resync.told(PODS, KEY)
+    else:
+        resync.told(CLAIMS, KEY)
+    now = 60.0
+    resync.settle()
+    resync.settle()
+    assert drift() == before + (0 if told else 1)

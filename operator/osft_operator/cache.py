@@ -71,10 +71,10 @@ class Cache:
         known = self._objects[kind].get(name)
         if metadata["uid"] in self._gone or (known and not _newer(body, known)):
             return None
-        if known and _job(kind, known) != _job(kind, body):
+        if known and job_of(kind, known) != job_of(kind, body):
             self._unlink(kind, known)
         self._objects[kind][name] = _trimmed(kind, body)
-        key = _job(kind, body)
+        key = job_of(kind, body)
         if key is not None:
             self._children[kind].setdefault(key, set()).add(metadata["name"])
         return key
@@ -94,7 +94,7 @@ class Cache:
             return None
         self._unlink(kind, known)
         del self._objects[kind][metadata["namespace"], metadata["name"]]
-        return _job(kind, known)
+        return job_of(kind, known)
 
     def replace(
         self, kind: Kind, namespace: str | None, bodies: Sequence[Object], version: str
@@ -122,7 +122,7 @@ class Cache:
         return {key for key in changed if key is not None}
 
     def _unlink(self, kind: Kind, body: Object) -> None:
-        key = _job(kind, body)
+        key = job_of(kind, body)
         if key is None:
             return
         names = self._children[kind][key]
@@ -131,7 +131,8 @@ class Cache:
             del self._children[kind][key]
 
 
-def _job(kind: Kind, body: Object) -> Key | None:
+def job_of(kind: Kind, body: Object) -> Key | None:
+    """The OSFTJob that an object belongs to; None when its label names none."""
     metadata = body["metadata"]
     if kind is OSFTJOBS:
         return Key(metadata["namespace"], metadata["name"])

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
-from osft_operator.cache import WATCHED, Cache
+from osft_operator.cache import WATCHED, Cache, job_of
 from osft_operator.cluster import Cluster, ClusterError, Gone
 from osft_operator.freshness import Freshness
 from osft_operator.handlers import Watches
@@ -124,6 +124,7 @@ class Informer:
             is_behind = await self._is_behind(places)
             behind = behind + 1 if is_behind else 0
             self._behind(is_behind)
+            self._resync.settle()
         logger.warning("The watches are silent; they start anew")
 
     async def _is_behind(self, places: Sequence[Place]) -> bool:
@@ -167,6 +168,8 @@ class Informer:
         self._freshness.told((kind, namespace), body)
         change = self._cache.remove if event == "DELETED" else self._cache.put
         key = change(kind, body)
+        if (job := job_of(kind, body)) is not None:
+            self._resync.told(kind, job)
         if key is not None:
             self._news(key)
         metrics.watch_timestamp.labels(kind.plural).set_to_current_time()

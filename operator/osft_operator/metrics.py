@@ -98,7 +98,7 @@ watch_timestamp = Gauge(
 )
 resync_drift = Counter(
     "osft_operator_resync_drift",
-    "Objects that a resync found changed or gone while the watches had said nothing.",
+    "OSFTJobs of whose objects only a resync told, and no watch within ten seconds.",
     ["kind"],
     registry=registry,
 )
@@ -114,6 +114,11 @@ build_info = Gauge(
     ["version", "python_version"],
     registry=registry,
 )
+
+# So that an alert sees the first failure: a series that is born at 1 has not increased.
+reconcile_errors.labels(CONTROLLER)
+for _result in ("success", "requeue_after", "error"):
+    reconciles.labels(CONTROLLER, _result)
 
 
 def serve(address: str, port: int) -> tuple[int, Callable[[], None]]:

@@ -8,7 +8,8 @@ decide anything about a job.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, selector
@@ -18,6 +19,13 @@ from osft_operator.queue import Key
 
 logger = logging.getLogger(__name__)
 
+LATE_SECONDS = 10.0
+"""A watch that has not told after so long of what a list found is none to rely on."""
+
+for _kind in WATCHED:
+    # A series that is born with its first miss has no increase that an alert could see.
+    metrics.resync_drift.labels(_kind.plural)
+
 Place = tuple[Kind, str | None]
 """What one list or watch covers: a kind, in a namespace or everywhere."""
 
@@ -25,11 +33,20 @@ Place = tuple[Kind, str | None]
 class Resync:
     """The kinds that exist, and lists of them."""
 
-    def __init__(self, cluster: Cluster, cache: Cache, namespaces: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        namespaces: Sequence[str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._cluster = cluster
         self._cache = cache
         self._namespaces: Sequence[str | None] = namespaces or [None]
         self._synced: frozenset[Kind] = frozenset()
+        self._untold: dict[tuple[Kind, Key], float] = {}
         self.versions: dict[Place, str] = {}
         """resourceVersion of the last list, by kind and namespace."""
 
@@ -63,11 +80,29 @@ class Resync:
                 continue
             present.add(kind)
             changed |= found
-            if kind in self._synced and found:
-                metrics.resync_drift.labels(kind.plural).inc(len(found))
-                logger.info("The list of %s held news of %d jobs", kind.plural, len(found))
+            if kind in self._synced:
+                now = self._clock()
+                self._untold |= {(kind, key): now for key in found}
         self._synced = frozenset(present)
         return changed
+
+    def told(self, kind: Kind, key: Key) -> None:
+        """A watch says something of a job: what a list said of it before was only a little faster.
+
+        Args:
+            kind: the kind of the object that changed.
+            key: the OSFTJob that it belongs to.
+        """
+        self._untold.pop((kind, key), None)
+
+    def settle(self) -> None:
+        """Count what lists found and no watch has told of since, though it had the time."""
+        now = self._clock()
+        missed = [each for each, found in self._untold.items() if now - found >= LATE_SECONDS]
+        for kind, key in missed:
+            del self._untold[kind, key]
+            metrics.resync_drift.labels(kind.plural).inc()
+            logger.warning("Only a list told of %s", kind.plural, extra={"osftjob": str(key)})
 
     async def _list(self, kind: Kind) -> set[Key] | None:
         """The news of a kind; None when there is no such kind."""

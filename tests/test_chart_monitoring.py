@@ -13,6 +13,8 @@ import pytest
 import promql
 from chart_rendering import CHART, MATRIX, only, render
 from osft_operator import metrics
+from osft_operator.metrics import registry
+from osft_operator.resync import WATCHED
 
 SERIES = promql.exported() | {"up": frozenset()}
 
@@ -93,8 +95,43 @@ def test_alerts_ask_what_the_service_monitor_scrapes() -> None:
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     # else Prometheus renames the jobs' own label to exported_namespace
     assert endpoint["honorLabels"] is True
+    name, home = service["metadata"]["name"], service["metadata"]["namespace"]
     for rule in alerts(objects).values():
-        assert f'service="{service["metadata"]["name"]}"' in rule["expr"]
+        # two releases of one name, in two namespaces, are two operators
+        selectors = re.findall(r"\{([^}]*)\}", rule["expr"])
+        assert len(selectors) == len(list(promql.asked(rule["expr"])))
+        for each in selectors:
+            assert f'namespace="{home}"' in each
+            assert f'service="{name}"' in each
+
+
+def test_every_panel_shows_the_chosen_operator_alone() -> None:
+    variables = {each["name"]: each for each in dashboard()["templating"]["list"]}
+    assert list(variables) == ["datasource", "home", "service", "namespace", "name"]
+    targets = [t["expr"] for panel in dashboard()["panels"] for t in panel.get("targets", [])]
+    assert targets
+    for query in targets:
+        for each in re.findall(r"\{([^}]*)\}", query):
+            assert 'service=~"$service"' in each
+            # a single job's namespace is its own; that of all other numbers is the operator's
+            of_a_job = 'namespace=~"$namespace",name=~"$name"' in each
+            assert of_a_job or 'namespace=~"$home"' in each
+    for name, chosen in (("service", "$home"), ("namespace", "$service"), ("name", "$namespace")):
+        assert chosen in variables[name]["query"]
+
+
+@pytest.mark.parametrize(
+    "alert", ["OSFTOperatorWatchStale", "OSFTOperatorErrors", "OSFTJobLossNotFinite"]
+)
+def test_what_an_alert_sees_grow_is_there_before_the_first_time(alert: str) -> None:
+    asked = re.findall(r"(?:increase|rate)\((\w+)", alerts(monitoring())[alert]["expr"])
+    samples = [sample for metric in registry.collect() for sample in metric.samples]
+    assert asked
+    for name in asked:
+        found = [sample.labels for sample in samples if sample.name == name]
+        assert found, "a series that is born at 1 has not increased"
+        if name == "osft_operator_resync_drift_total":
+            assert {each["kind"] for each in found} == {kind.plural for kind in WATCHED}
 
 
 def test_thresholds_are_values() -> None:

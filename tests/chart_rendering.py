@@ -111,6 +111,7 @@ def toggles() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             "watch": {"namespaces": ["team-a"]},
         },
         "podDisruptionBudget.enabled": {"replicas": 2},
+        "serviceAccount.create": {"serviceAccount": {"name": "mine"}},
     }
     for path, default in _switches(yaml.safe_load((CHART / "values.yaml").read_text()), ""):
         base = needed.get(path, {})

@@ -48,6 +48,10 @@ def test_every_field_is_read_from_its_variable() -> None:
             {"OSFT_LEASE_RENEW_SECONDS": "10", "OSFT_LEASE_DURATION_SECONDS": "15"},
             ["OSFT_LEASE_RENEW_SECONDS is 10", "at most half of OSFT_LEASE_DURATION_SECONDS (15)"],
         ),
+        (
+            {"OSFT_BACKOFF_MAX_SECONDS": "0.5"},
+            ["OSFT_BACKOFF_INITIAL_SECONDS is 1", "OSFT_BACKOFF_MAX_SECONDS (0.5)"],
+        ),
     ],
 )
 def test_a_wrong_variable_is_named(given: dict[str, str], words: list[str]) -> None:

@@ -116,6 +116,15 @@ class Settings(Allowed):
             )
         return self
 
+    @model_validator(mode="after")
+    def _backs_off_upwards(self) -> Self:
+        if self.backoff_initial_seconds > self.backoff_max_seconds:
+            raise ValueError(
+                f"OSFT_BACKOFF_INITIAL_SECONDS is {self.backoff_initial_seconds:g}, more than "
+                f"OSFT_BACKOFF_MAX_SECONDS ({self.backoff_max_seconds:g}): make it the smaller one"
+            )
+        return self
+
     @classmethod
     def variable(cls, field: str) -> str:
         """The environment variable of a field."""

@@ -10,11 +10,6 @@ absent value into null.
 {{- end }}
 
 {{- define "osft-operator.settings" -}}
-{{- with .Values.leaderElection }}
-{{- if gt (mulf 2 .renewSeconds) (float64 .durationSeconds) }}
-{{- fail (printf "leaderElection.renewSeconds is %v, but one late renewal must not lose the Lease: set it to at most half of leaderElection.durationSeconds (%v)" .renewSeconds .durationSeconds) }}
-{{- end }}
-{{- end }}
 - name: OSFT_TRAINER_IMAGE
   value: {{ include "osft-operator.image" (dict "image" .Values.trainer.image "root" .) | quote }}
 - name: OSFT_IMAGE_PULL_POLICY

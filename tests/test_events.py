@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 from typing import Any
 
 import pytest
 
 from osft_operator import events
 from osft_operator.actions import Event
-from osft_operator.cluster import Cluster, Unavailable
-from osft_operator.events import Backlog
+from osft_operator.cluster import AlreadyExists, Cluster, Listing, NotFound, Unavailable
+from osft_operator.events import Backlog, Recorder
 
 JOB = {
     "apiVersion": "osft.dev/v1alpha1",
@@ -97,3 +98,83 @@ def test_a_backlog_without_end_drops_the_oldest_and_says_so(
 
     asyncio.run(story())
     assert "the oldest is lost" in caplog.text
+
+
+class Store(Cluster):
+    """Events of an API server, whose every answer takes a while."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, dict[str, Any]] = {}
+
+    async def create(self, _: Any, namespace: str, body: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        if body["metadata"]["name"] in self.events:
+            raise AlreadyExists("there")
+        self.events[body["metadata"]["name"]] = body
+        return body
+
+    async def patch(
+        self, _: Any, namespace: str, name: str, body: dict[str, Any], **__: Any
+    ) -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        if name not in self.events:
+            raise NotFound("gone")
+        self.events[name].update(body)
+        return self.events[name]
+
+    async def list_all(self, _: Any, namespace: str | None, **__: Any) -> Listing:
+        await asyncio.sleep(0.01)
+        return Listing([dict(body) for body in self.events.values()], "1")
+
+
+class Clock:
+    """A time that the test sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 0
+
+    def __call__(self) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(self.seconds, datetime.UTC)
+
+
+def told(cluster: Store) -> tuple[int, str, str]:
+    """Count, first and last time of the one event that there is, as kubectl reads them."""
+    (event,) = cluster.events.values()
+    return event["count"], event["firstTimestamp"][14:19], event["lastTimestamp"][14:19]
+
+
+def test_an_event_tells_when_it_happened_and_not_when_it_was_written() -> None:
+    async def story() -> None:
+        cluster, clock = Store(), Clock()
+        backlog = Backlog(cluster, "test", now=clock)
+        for clock.seconds in (10, 20, 30):
+            await backlog.record(JOB, event("Again"))
+        clock.seconds = 300  # the API server was away
+        await backlog.drain()
+        assert told(cluster) == (3, "00:10", "00:30")
+
+    asyncio.run(story())
+
+
+def test_no_two_writers_lose_a_count() -> None:
+    async def story() -> None:
+        cluster, clock = Store(), Clock()
+        backlog = Backlog(cluster, "test", now=clock)
+        running = asyncio.create_task(backlog.run())
+        for clock.seconds in range(1, 8):
+            await backlog.record(JOB, event("Again"))
+        await asyncio.sleep(0.5)
+        assert told(cluster) == (7, "00:01", "00:07")
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        # a new process finds the event by its name, and goes on counting
+        later = Backlog(cluster, "other", now=clock)
+        clock.seconds = 60
+        await asyncio.gather(*(Recorder.record(later, JOB, event("Again")) for _ in range(3)))
+        assert told(cluster) == (10, "00:01", "01:00")
+        cluster.events.clear()  # events live an hour
+        await Recorder.record(later, JOB, event("Again"))
+        assert told(cluster) == (1, "01:00", "01:00")
+
+    asyncio.run(story())

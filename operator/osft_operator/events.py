@@ -14,12 +14,14 @@ import datetime
 import hashlib
 import logging
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from osft_operator.actions import Event
 from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
 from osft_operator.kinds import EVENTS, Object
 from osft_operator.leader import LeaseLost
-from osft_operator.observed import Said
+from osft_operator.observed import Said, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +36,41 @@ MAX_BACKLOG = 10000
 WRITERS = 2
 """Events that are written at one time."""
 
+Now = Callable[[], datetime.datetime]
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
 
 class Recorder:
     """Writes events and counts repeated ones."""
 
-    def __init__(self, cluster: Cluster, instance: str) -> None:
+    def __init__(self, cluster: Cluster, instance: str, *, now: Now = _now) -> None:
         self._cluster = cluster
         self._instance = instance
+        self._now = now
         self._counts: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._writing: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def record(self, job: Object, event: Event) -> None:
-        """Say something about an OSFTJob."""
+        """Say something about an OSFTJob that happens now."""
+        await self._say(job, event, self._now())
+
+    async def _say(self, job: Object, event: Event, happened: datetime.datetime) -> None:
         namespace = job["metadata"]["namespace"]
-        body = self._body(job, event)
+        body = self._body(job, event, happened)
         name = body["metadata"]["name"]
-        try:
-            count = await self._write(namespace, name, body)
-        except ClusterError as error:
-            logger.warning("The event %s of %s was lost: %s", event.reason, name, error)
-            return
+        # One at a time and in order for one object, or two that read 1 would both write 2.
+        async with self._writing.setdefault((namespace, name), asyncio.Lock()):
+            try:
+                count = await self._write(namespace, name, body)
+            except ClusterError as error:
+                logger.warning("The event %s of %s was lost: %s", event.reason, name, error)
+                return
+            self._remember(namespace, name, count)
+
+    def _remember(self, namespace: str, name: str, count: int) -> None:
         self._counts[namespace, name] = count
         self._counts.move_to_end((namespace, name))
         if len(self._counts) > REMEMBERED:
@@ -80,11 +98,11 @@ class Recorder:
         found = await self._cluster.list_all(EVENTS, namespace, fields=f"metadata.name={name}")
         return int(found.items[0].get("count") or 1) if found.items else 1
 
-    def _body(self, job: Object, event: Event) -> Object:
+    def _body(self, job: Object, event: Event, happened: datetime.datetime) -> Object:
         metadata = job["metadata"]
         words = "\0".join([metadata["uid"], event.type, event.reason, event.message])
         digest = hashlib.sha256(words.encode()).hexdigest()[:16]
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        time = text_of(happened)
         return {
             "apiVersion": EVENTS.api_version,
             "kind": EVENTS.kind,
@@ -104,8 +122,8 @@ class Recorder:
             "reason": event.reason,
             "message": event.message[:MAX_MESSAGE],
             "count": 1,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
+            "firstTimestamp": time,
+            "lastTimestamp": time,
             "source": {"component": COMPONENT},
             "reportingComponent": COMPONENT,
             "reportingInstance": self._instance,
@@ -115,16 +133,16 @@ class Recorder:
 class Backlog(Recorder):
     """A recorder that writes after its caller has gone on."""
 
-    def __init__(self, cluster: Cluster, instance: str) -> None:
-        super().__init__(cluster, instance)
-        self._waiting: deque[tuple[Object, Event]] = deque(maxlen=MAX_BACKLOG)
+    def __init__(self, cluster: Cluster, instance: str, *, now: Now = _now) -> None:
+        super().__init__(cluster, instance, now=now)
+        self._waiting: deque[tuple[Object, Event, datetime.datetime]] = deque(maxlen=MAX_BACKLOG)
         self._added = asyncio.Event()
 
     async def record(self, job: Object, event: Event) -> None:
-        """Say something about an OSFTJob, soon."""
+        """Say something about an OSFTJob that happens now, soon."""
         if len(self._waiting) == MAX_BACKLOG:
             logger.warning("%d events wait; the oldest is lost", MAX_BACKLOG)
-        self._waiting.append((job, event))
+        self._waiting.append((job, event, self._now()))
         self._added.set()
 
     async def run(self) -> None:
@@ -145,12 +163,12 @@ class Backlog(Recorder):
                 self._added.clear()
 
     async def _write_next(self) -> None:
-        job, event = self._waiting.popleft()
+        job, event, happened = self._waiting.popleft()
         try:
-            await super().record(job, event)
+            await self._say(job, event, happened)
         except asyncio.CancelledError:
             # Said once more by drain, and counted twice if the server had taken it.
-            self._waiting.appendleft((job, event))
+            self._waiting.appendleft((job, event, happened))
             raise
         except LeaseLost:
             # Another operator leads now: what is left to say is its own to say.

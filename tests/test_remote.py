@@ -93,9 +93,9 @@ def test_why_it_waits_is_shown_and_a_pods_words_are_no_markup(
     assert isinstance(line(changed(**status)), str)
 
 
-def seen(name: str, index: int, role: str = "") -> dict[str, Any]:
+def seen(name: str, index: int, kind: str = "worker") -> dict[str, Any]:
     labels = {"training.kubeflow.org/replica-index": str(index)}
-    labels |= {"training.kubeflow.org/job-role": role} if role else {}
+    labels |= {"training.kubeflow.org/replica-type": kind}
     return {"metadata": {"name": name, "labels": labels}}
 
 

@@ -122,11 +122,16 @@ class World:
 
     def _pod(self, name: str, index: int) -> Object:
         job_uid = self.jobs[name]["metadata"]["uid"]
-        role = {"training.kubeflow.org/job-role": "master"} if index == 0 else {}
+        masters = int("Master" in self.jobs[name]["spec"]["pytorchReplicaSpecs"])
+        kind, number = ("master", 0) if index < masters else ("worker", index - masters)
         return {
             "metadata": {
-                "name": f"{name}-{'master-0' if index == 0 else f'worker-{index - 1}'}",
-                "labels": {"osft.dev/job": "sample", **role},
+                "name": f"{name}-{kind}-{number}",
+                "labels": {
+                    "osft.dev/job": "sample",
+                    "training.kubeflow.org/replica-type": kind,
+                    "training.kubeflow.org/replica-index": str(number),
+                },
                 "uid": f"{name}-{index}-{text_of(self.now)}",
                 "creationTimestamp": text_of(self.now),
                 "ownerReferences": [{"controller": True, "uid": job_uid}],

@@ -6,7 +6,7 @@ never end an attempt or begin another.
 
 from __future__ import annotations
 
-from osft_operator import failure, waiting
+from osft_operator import failure, names, waiting
 from osft_operator.actions import PollTarget
 from osft_operator.draft import Draft
 from osft_operator.observed import (
@@ -44,7 +44,7 @@ def look(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> N
     elif draft.recorded("Running")[1] != "Restarting":
         draft.condition("Running", "False", "PodsStarting", count)
         draft.look_again(LONG_SECONDS)
-    draft.poll = _poll_targets(run, pods)
+    draft.poll = _poll_targets(run, current, pods)
 
 
 def _trouble(draft: Draft, pods: list[Object]) -> waiting.Reason | None:
@@ -77,13 +77,19 @@ def _without_pods(draft: Draft, current: Object) -> None:
     draft.look_again(LONG_SECONDS)
 
 
-def _poll_targets(run: RunPolicy, pods: list[Object]) -> tuple[PollTarget, ...]:
-    """Rank 0's pod; with c10d any pod may have it."""
+def _poll_targets(run: RunPolicy, current: Object, pods: list[Object]) -> tuple[PollTarget, ...]:
+    """Rank 0's pod; with c10d any pod may have it.
+
+    By type and index, not by the label job-role: not every training-operator gives that to
+    worker 0 of a PyTorchJob without a Master.
+    """
+    types = current["spec"].get("pytorchReplicaSpecs") or {}
+    kind = "master" if "Master" in types else "worker"
     found = []
     for pod in pods:
         status, labels = pod.get("status") or {}, pod["metadata"].get("labels") or {}
-        first = labels.get("training.kubeflow.org/job-role") == "master"
-        wanted = first or run.rendezvous.backend == "c10d"
+        place = (labels.get(names.REPLICA_TYPE_LABEL), labels.get(names.REPLICA_INDEX_LABEL))
+        wanted = place == (kind, "0") or run.rendezvous.backend == "c10d"
         if wanted and status.get("phase") == "Running" and status.get("podIP"):
             found.append(PollTarget(pod["metadata"]["name"], status["podIP"], METRICS_PORT))
     return tuple(found)

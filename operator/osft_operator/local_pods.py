@@ -12,10 +12,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from osft_operator.names import REPLICA_INDEX_LABEL, REPLICA_TYPE_LABEL
+
 LABEL_PREFIX = "training.kubeflow.org/"
 JOB_NAME_LABEL = LABEL_PREFIX + "job-name"
-REPLICA_TYPE_LABEL = LABEL_PREFIX + "replica-type"
-REPLICA_INDEX_LABEL = LABEL_PREFIX + "replica-index"
 JOB_ROLE_LABEL = LABEL_PREFIX + "job-role"
 OPERATOR_NAME_LABEL = LABEL_PREFIX + "operator-name"
 

@@ -18,6 +18,10 @@ CATEGORY = "kubeflow"
 PYTORCH_JOB_API_VERSION = "kubeflow.org/v1"
 PYTORCH_JOB_KIND = "PyTorchJob"
 
+REPLICA_TYPE_LABEL = "training.kubeflow.org/replica-type"
+"""On a pod: `master` or `worker`. Every training-operator sets it, and the index."""
+REPLICA_INDEX_LABEL = "training.kubeflow.org/replica-index"
+"""On a pod: its number within its type, from 0."""
 TRAINING_OPERATOR = "kubeflow.org/training-operator"
 """The manager of a PyTorchJob whose pods are made in this cluster."""
 

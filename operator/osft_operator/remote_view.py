@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from osft_operator import names
 from osft_operator.endings import is_finished
 from osft_operator.observed import Object, find_condition
 
@@ -41,8 +42,8 @@ def rank_zero_pod(job: Object, pods: Sequence[Object]) -> str:
 
     def place(pod: Object) -> tuple[bool, int, str]:
         labels = pod["metadata"].get("labels") or {}
-        index = str(labels.get("training.kubeflow.org/replica-index", "0"))
-        is_master = labels.get("training.kubeflow.org/job-role") == "master"
+        index = str(labels.get(names.REPLICA_INDEX_LABEL, "0"))
+        is_master = labels.get(names.REPLICA_TYPE_LABEL) == "master"
         number = int(index) if index.isdigit() else 0
         return not is_master, number, pod["metadata"]["name"]
 

@@ -127,7 +127,7 @@ def _replica(count: int, template: Object) -> Object:
 
 def _place_of_worker(job: OSFTJob, name: str) -> list[Object]:
     """What the training-operator injects only when there is a Master."""
-    label = "metadata.labels['training.kubeflow.org/replica-index']"
+    label = f"metadata.labels['{names.REPLICA_INDEX_LABEL}']"
     return [
         {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},
         {"name": "PET_MASTER_PORT", "value": str(job.spec.rendezvous.port)},

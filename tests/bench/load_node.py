@@ -45,7 +45,8 @@ class Node:
         labels = {
             **child["metadata"]["labels"],
             "training.kubeflow.org/job-name": job,
-            "training.kubeflow.org/job-role": "master",
+            "training.kubeflow.org/replica-type": "master",
+            "training.kubeflow.org/replica-index": "0",
         }
         metadata = {"name": f"{job}-master-0", "labels": labels, "ownerReferences": [owner]}
         container = {"name": "pytorch", "image": "x"}

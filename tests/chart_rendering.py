@@ -6,9 +6,12 @@ against the schemas of the built-in kinds (kubernetes-validate) and monitoring_k
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ import monitoring_kinds
 
 CHART = Path(__file__).parents[1] / "charts" / "osft-operator"
 NAMESPACE = "osft-system"
-OLDEST = "1.30"
+VERSION = ".Capabilities.KubeVersion.Version"
+OLDEST = "1.29"
 
 MATRIX: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -135,14 +139,38 @@ def _switches(values: dict[str, Any], where: str) -> Iterator[tuple[str, bool]]:
 every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects of the chart with these values, as `helm template` makes them."""
-    return copy.deepcopy(_rendered(json.dumps(values)))
+def render(values: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
+    """The objects of the chart with these values, as `helm template` makes them.
+
+    Args:
+        values: what is not as in values.yaml.
+        version: of Kubernetes, like 1.29; absent: the one that Helm was built for.
+    """
+    return copy.deepcopy(_rendered(json.dumps(values), version))
 
 
 @functools.cache
-def _rendered(values: str) -> list[dict[str, Any]]:
-    with helm_python.Chart.load(CHART) as loaded:
+def _chart_for(version: str) -> Path:
+    """The chart for a version: this Helm has no --kube-version, so a copy has it in its text."""
+    if not version:
+        return CHART
+    folder = Path(tempfile.mkdtemp(prefix="osft-chart-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copied = folder / CHART.name
+    major, minor = version.split(".")[:2]
+    shutil.copytree(CHART, copied)
+    found = 0
+    for path in copied.rglob("*.yaml"):
+        text = path.read_text()
+        found += text.count(VERSION)
+        path.write_text(text.replace(VERSION, f'"v{major}.{minor}.0"'))
+    assert found, "no template looks at the version any more"
+    return copied
+
+
+@functools.cache
+def _rendered(values: str, version: str) -> list[dict[str, Any]]:
+    with helm_python.Chart.load(_chart_for(version)) as loaded:
         loaded.validate_schema(json.loads(values))
         texts = loaded.render(json.loads(values), name="osft", namespace=NAMESPACE)
     documents = [

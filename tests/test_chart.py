@@ -64,7 +64,7 @@ def test_lint_is_clean() -> None:
 @every_case
 @pytest.mark.parametrize("version", VERSIONS)
 def test_rendered_objects_are_valid(values: dict[str, Any], version: str) -> None:
-    objects = render(values)
+    objects = render(values, version)
     assert objects
     for item in objects:
         validate(version, item)
@@ -79,7 +79,7 @@ def test_every_switch_does_something_valid(
 ) -> None:
     assert render(base) != render(turned), f"{path} is accepted and ignored"
     for version in VERSIONS:
-        for item in render(turned):
+        for item in render(turned, version):
             validate(version, item)
 
 
@@ -491,6 +491,18 @@ def test_crd_is_kept_unless_told_otherwise() -> None:
     assert "helm.sh/resource-policy" not in free["metadata"].get("annotations", {})
     without = render({"crds": {"enabled": False}})
     assert "CustomResourceDefinition" not in {item["kind"] for item in without}
+
+
+def test_what_1_29_does_not_have_is_left_out_there() -> None:
+    old, new = render({}, "1.29"), render({}, "1.30")
+    kinds = {item["kind"] for item in old}
+    assert {item["kind"] for item in new} - kinds == {
+        "ValidatingAdmissionPolicy",
+        "ValidatingAdmissionPolicyBinding",
+    }
+    (ours,) = only(old, "CustomResourceDefinition")["spec"]["versions"]
+    (theirs,) = only(new, "CustomResourceDefinition")["spec"]["versions"]
+    assert theirs == {**ours, "selectableFields": [{"jsonPath": ".status.phase"}]}
 
 
 def test_versions_agree() -> None:

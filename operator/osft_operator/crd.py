@@ -24,6 +24,10 @@ CRD_FILE = Path("crds/osftjobs.osft.dev.yaml")
 CHART_FILE = Path("charts/osft-operator/templates/crd.yaml")
 HEADER = "# Written by `make generate` from osft_operator.spec and status_model. Do not edit.\n"
 
+SELECTABLE = "    selectableFields:\n    - jsonPath: .status.phase\n"
+"""As it stands in the definition's YAML."""
+SINCE_1_30 = '{{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}\n'
+
 COLUMNS = [
     ("Phase", "string", ".status.phase", 0),
     ("Progress", "string", ".status.progress.summary", 0),
@@ -130,9 +134,11 @@ def crd_yaml() -> str:
 
 
 def chart_template() -> str:
-    """The same in the chart: may be left out, and stays when the chart is uninstalled."""
+    """The same in the chart: may be left out, stays on uninstall, and 1.29 gets what it knows."""
     definition = crd()
-    spec = _dump({"spec": definition["spec"]})
+    spec = _dump({"spec": definition["spec"]}).replace("{{", '{{ "{{" }}')
+    assert SELECTABLE in spec
+    spec = spec.replace(SELECTABLE, f"{SINCE_1_30}{SELECTABLE}{{{{- end }}}}\n")
     head = _dump({key: definition[key] for key in ("apiVersion", "kind", "metadata")})
     keep = (
         "{{- if .Values.crds.keep }}\n"
@@ -140,7 +146,7 @@ def chart_template() -> str:
         "    helm.sh/resource-policy: keep\n"
         "{{- end }}\n"
     )
-    body = head + keep + spec.replace("{{", '{{ "{{" }}')
+    body = head + keep + spec
     return HEADER + "{{- if .Values.crds.enabled }}\n" + body + "{{- end }}\n"
 
 

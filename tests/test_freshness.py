@@ -86,6 +86,22 @@ def test_an_object_that_is_gone_is_owed_no_more() -> None:
     assert scene.freshness.is_behind, "another object is none of its business"
 
 
+def test_an_object_that_a_list_finds_gone_is_owed_no_more() -> None:
+    scene = Scene()
+    scene.check(Change("ADDED", claim(12)))
+    # its end fell between two looks, so that no watch will ever speak of it
+    scene.cache.replace(CLAIMS, None, [], "20")
+    scene.freshness.listed(PLACE, "20")
+    assert not scene.freshness.is_behind
+
+
+def test_a_kind_that_is_looked_at_no_more_owes_nothing() -> None:
+    scene = Scene()
+    scene.check(Change("ADDED", claim(12)))
+    asyncio.run(scene.freshness.check([(OSFTJOBS, None)]))
+    assert not scene.freshness.is_behind
+
+
 def test_a_forgotten_version_is_for_the_caller() -> None:
     scene = Scene()
 

@@ -15,6 +15,7 @@ from cluster.control_plane import ControlPlane
 from cluster.fixtures import pytorchjob_crd
 from osft_operator.cache import WATCHED, Cache
 from osft_operator.cluster import Cluster
+from osft_operator.freshness import Freshness
 from osft_operator.handlers import kopf_settings
 from osft_operator.informer import Informer
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS
@@ -109,6 +110,30 @@ def test_what_happens_is_heard_and_what_is_not_ours_is_not(
         assert "annotations" not in fields, "kopf wrote something"
 
     play(control_plane, namespace, monkeypatch, story)
+
+
+def test_a_bug_in_looking_after_the_watches_is_not_hidden(
+    control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(_: object, places: object) -> None:
+        raise LookupError("a bug")
+
+    async def whole(cluster: Cluster) -> None:
+        settings = Settings(namespaces=(namespace,), watch_check_seconds=0.1)
+        informer = Informer(
+            settings, cluster, Cache(), news=lambda _: None, resynced=lambda: None
+        )
+        await informer.sync()
+        with pytest.raises(LookupError, match="a bug"):
+            await asyncio.wait_for(informer.run(), 20)
+
+    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
+    monkeypatch.setattr(Freshness, "check", check)
+    cluster = Cluster.connect()
+    try:
+        asyncio.run(whole(cluster))
+    finally:
+        cluster.close()
 
 
 def test_a_kind_that_comes_and_goes_ends_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -98,6 +99,24 @@ def test_a_leader_that_renews_keeps_the_lease(
             assert await waits(second.acquire())
             second_clock.now += 1.5
         keeping.cancel()
+
+    with connected(control_plane, monkeypatch) as cluster:
+        asyncio.run(story(cluster))
+
+
+def test_calls_without_an_answer_do_not_keep_the_lease_from_being_renewed(
+    control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(cluster: Cluster) -> None:
+        leader = replica(cluster, namespace, "leader", Clock())
+        await leader.acquire()
+        slow = threading.Event()
+        waiting = [cluster._threads.submit(slow.wait) for _ in range(cluster._threads._max_workers)]
+        try:
+            assert await asyncio.wait_for(leader._try(), 3)
+        finally:
+            slow.set()
+        assert all(each.result() for each in waiting)
 
     with connected(control_plane, monkeypatch) as cluster:
         asyncio.run(story(cluster))

@@ -52,6 +52,10 @@ def test_every_field_is_read_from_its_variable() -> None:
             {"OSFT_BACKOFF_MAX_SECONDS": "0.5"},
             ["OSFT_BACKOFF_INITIAL_SECONDS is 1", "OSFT_BACKOFF_MAX_SECONDS (0.5)"],
         ),
+        (
+            {"OSFT_WATCH_CHECK_SECONDS": "60"},
+            ["OSFT_WATCH_STALL_SECONDS is 75", "at least 135", "OSFT_WATCH_CHECK_SECONDS"],
+        ),
     ],
 )
 def test_a_wrong_variable_is_named(given: dict[str, str], words: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 Called by resync, freshness, reconcile, observer, events, leader and service; nothing else of the
 operator imports the kubernetes package (remote is the command line's). Its client is synchronous,
-so every call runs in a bounded pool of threads and the event loop never waits. What a caller may do
+so every call runs in a bounded pool of threads and the event loop never waits; the Lease has a
+thread of its own. What a caller may do
 with an error is in its class: Unavailable means wait, Refused means give up until something
 changes, NotFound and Conflict say what is there; all else is a bug and keeps its stack trace. Must
 never decide anything about a job.
@@ -63,6 +64,8 @@ LEASE_SECONDS = 4.0
 """The same for a Lease, which is lost when it is not renewed in time."""
 CHANGES_SECONDS = 1
 """How long the server waits for further changes when it is asked for them."""
+LOOKS = 4
+"""Such questions at one time, on threads of their own."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,14 @@ class Cluster:
     ) -> None:
         # Retries and redirects are ours to decide: the queue waits longer and counts.
         configuration.retries = False
-        configuration.connection_pool_maxsize = threads
+        configuration.connection_pool_maxsize = threads + LOOKS + 1
         self._client = client.ApiClient(configuration)
         self._host = urlsplit(configuration.host).netloc
         self._timeout = timeout_seconds
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cluster")
+        # Slow calls, however many, must neither lose the Lease nor be slowed by looks at watches.
+        self._lease_thread = ThreadPoolExecutor(1, thread_name_prefix="lease")
+        self._look_threads = ThreadPoolExecutor(LOOKS, thread_name_prefix="look")
         self.before_write: Callable[[], None] = lambda: None
         """Called before each write but a Lease's, in its thread; raises when it may not happen."""
 
@@ -128,7 +134,8 @@ class Cluster:
 
     def close(self) -> None:
         """Wait for calls under way and end the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._threads, self._lease_thread, self._look_threads):
+            threads.shutdown(wait=True, cancel_futures=True)
         self._client.close()
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
@@ -164,7 +171,7 @@ class Cluster:
         query |= {"labelSelector": labels} if labels else {}
         url = kind.path(namespace) + "?" + urlencode(query)
         loop = asyncio.get_running_loop()
-        raw = await loop.run_in_executor(self._threads, self._raw, "GET", kind, url, None)
+        raw = await loop.run_in_executor(self._look_threads, self._raw, "GET", kind, url, None)
         # the last line may be cut; what it says comes again with the next question
         events = [document(line) for line in raw.split(b"\n")]
         for event in events:
@@ -233,7 +240,8 @@ class Cluster:
     ) -> Object:
         loop = asyncio.get_running_loop()
         url = path + ("?" + urlencode(query) if query else "")
-        return await loop.run_in_executor(self._threads, self._request, method, kind, url, body)
+        threads = self._lease_thread if kind is LEASES else self._threads
+        return await loop.run_in_executor(threads, self._request, method, kind, url, body)
 
     def _request(self, method: str, kind: Kind, url: str, body: Object | None) -> Object:
         """One request, in a thread of the pool."""

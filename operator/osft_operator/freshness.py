@@ -30,12 +30,12 @@ class Freshness:
         self._news = news
         self._asked: dict[Place, str] = {}
         self._told: dict[Place, int] = {}
-        self._owed: dict[Place, tuple[str, int]] = {}
+        self._owed: dict[Place, Object] = {}
 
     @property
     def is_behind(self) -> bool:
         """Whether a watch has not told what an earlier check found."""
-        return any(self._told.get(place, 0) < owed for place, (_, owed) in self._owed.items())
+        return any(not self._is_settled(place, owed) for place, owed in self._owed.items())
 
     def listed(self, place: Place, version: str) -> None:
         """A whole list was read: everything up to this version is known."""
@@ -52,14 +52,18 @@ class Freshness:
             ClusterError: when the API server does not answer, or does not remember (Gone).
         """
         known = [place for place in places if place in self._asked]
+        # What is not watched any more owes nothing: its kind is gone.
+        self._owed = {
+            place: owed
+            for place, owed in self._owed.items()
+            if place in known and not self._is_settled(place, owed)
+        }
         for namespace in dict.fromkeys(place[1] for place in known):
             # the kinds at one time, each for a second; more would leave no thread for the work
             await asyncio.gather(*(self._check(each) for each in known if each[1] == namespace))
 
     async def _check(self, place: Place) -> None:
         kind, namespace = place
-        if self._told.get(place, 0) >= self._owed.get(place, ("", 0))[1]:
-            self._owed.pop(place, None)
         changes = await self._cluster.changes(
             kind, namespace, self._asked[place], labels=selector(kind)
         )
@@ -68,13 +72,19 @@ class Freshness:
             self._note(place, change)
 
     def _note(self, place: Place, change: Change) -> None:
-        version, uid = _version(change.object), change.object["metadata"]["uid"]
+        version = _version(change.object)
         self._asked[place] = str(max(version, int(self._asked[place] or 0)))
         if change.type != "DELETED":
-            self._owed.setdefault(place, (uid, version))
-        elif self._owed.get(place, ("", 0))[0] == uid:
-            # a watch that starts anew says nothing of what is gone
-            del self._owed[place]
+            self._owed.setdefault(place, change.object)
+
+    def _is_settled(self, place: Place, owed: Object) -> bool:
+        """Whether the watch has told of it or of later, or need not: it is gone."""
+        metadata = owed["metadata"]
+        if self._told.get(place, 0) >= _version(owed):
+            return True
+        # A watch that starts anew says nothing of what is gone, however that was found out.
+        known = self._cache.get(place[0], metadata["namespace"], metadata["name"])
+        return known is None or known["metadata"]["uid"] != metadata["uid"]
 
     def _take(self, kind: Kind, event: str, body: Object) -> None:
         change = self._cache.remove if event == "DELETED" else self._cache.put

@@ -20,7 +20,7 @@ from osft_operator.handlers import Watches
 from osft_operator.kinds import Kind, Object
 from osft_operator.queue import Key
 from osft_operator.resync import Place, Resync
-from osft_operator.settings import Settings
+from osft_operator.settings import WATCH_LOOKS, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ MAX_WAIT_SECONDS = 10.0
 """Longest wait between tries of the first list."""
 IN_FLIGHT_SECONDS = 2.0
 """What happened during a check is told by the watches after so long."""
-SILENT_CHECKS = 2
-"""After so many checks in a row that found the watches behind, they start anew."""
 
 
 class WatchEnded(Exception):
@@ -73,6 +71,7 @@ class Informer:
 
         Raises:
             WatchEnded: when a watch died.
+            Exception: when what looks after them did, which is a bug.
         """
         while True:
             await self._watch(frozenset(filter(self.serves, WATCHED)))
@@ -95,7 +94,11 @@ class Informer:
             await watches.stop()
             for task in tasks:
                 task.cancel()
-            error, *_ = await asyncio.gather(*tasks, return_exceptions=True)
+            error, *failures = await asyncio.gather(*tasks, return_exceptions=True)
+        for failure in failures:
+            # Not one of the errors that are expected of the API server, so a bug: not to be hidden.
+            if isinstance(failure, Exception):
+                raise failure
         if not died:
             return
         # A kind whose definition was deleted ends its watch, and that alone is no reason to die.
@@ -119,7 +122,7 @@ class Informer:
         namespaces: Sequence[str | None] = self._settings.namespaces or [None]
         places = [(kind, namespace) for kind in kinds for namespace in namespaces]
         behind = 0
-        while behind < SILENT_CHECKS:
+        while behind < WATCH_LOOKS:
             await asyncio.sleep(self._settings.watch_check_seconds)
             is_behind = await self._is_behind(places)
             behind = behind + 1 if is_behind else 0

@@ -26,6 +26,12 @@ PREFIX = "OSFT_"
 OTHERS = (process_tree.VARIABLE,)
 """Variables with the prefix that are no settings: the tests' mark on their processes."""
 
+WATCH_LOOKS = 2
+"""So many looks in a row find silent watches behind, then they are opened anew; the next finds them
+well."""
+WATCH_OPENING_SECONDS = 15.0
+"""For opening them anew, and for what the looks themselves take."""
+
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -122,6 +128,18 @@ class Settings(Allowed):
             raise ValueError(
                 f"OSFT_BACKOFF_INITIAL_SECONDS is {self.backoff_initial_seconds:g}, more than "
                 f"OSFT_BACKOFF_MAX_SECONDS ({self.backoff_max_seconds:g}): make it the smaller one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _watches_opened_anew_in_time(self) -> Self:
+        needed = WATCH_LOOKS * self.watch_check_seconds + WATCH_OPENING_SECONDS
+        if self.watch_stall_seconds < needed:
+            raise ValueError(
+                f"OSFT_WATCH_STALL_SECONDS is {self.watch_stall_seconds:g}, so liveness would fail "
+                f"before silent watches are opened anew and found well: set it to at least "
+                f"{needed:g} ({WATCH_LOOKS} times OSFT_WATCH_CHECK_SECONDS, which is "
+                f"{self.watch_check_seconds:g}, and {WATCH_OPENING_SECONDS:g}), or look more often"
             )
         return self
 

@@ -7,10 +7,11 @@ null is absent, 1e6 is an integer. One thing more: 5e-6 as text is a number, as 
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.alias_generators import to_camel
 
 from osft_trainer.config import Parameters
@@ -65,12 +66,18 @@ class JobPart(Parameters):
         """Read null and numbers as the API server does. Unknown names: see spec.problems."""
         if not isinstance(data, dict):
             return data
-        kinds = {to_camel(name): str(info.annotation) for name, info in cls.model_fields.items()}
+        kinds = _annotations(cls)
         return {
             name: _number(value, kinds.get(name, ""))
             for name, value in data.items()
             if value is not None
         }
+
+
+@functools.cache
+def _annotations(model: type[BaseModel]) -> dict[str, str]:
+    """The types of a model's fields in words, by alias; making the words is slow."""
+    return {to_camel(name): str(info.annotation) for name, info in model.model_fields.items()}
 
 
 def _number(value: Any, annotation: str) -> Any:

@@ -93,6 +93,8 @@ class Life:
     ) -> None:
         """Passes until it is so and nothing is due at once; then remember what there is."""
         for _ in range(200):
+            # long enough for what was held back, so that every write is tried
+            self.scene.now += 60
             due = await self._one_pass()
             job = self.scene.cache.get(OSFTJOBS, self.namespace, self.name)
             status = (job or {}).get("status") or {}

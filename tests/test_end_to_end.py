@@ -43,7 +43,7 @@ def test_apply_trains_on_two_nodes_of_two_processes(jobs: Jobs, tmp_path: Path) 
     assert kept["summary"] in wide
     assert kept["lossAfter"] < kept["lossBefore"] + 0.1
     described = jobs.kubectl("describe", "osftjob", "two-by-two")
-    for words in ("PyTorchJobCreated", "Phase:", "Succeeded", "World Size:", "/checkpoints/two-by"):
+    for words in ("Done", "Phase:", "Succeeded", "World Size:", "/checkpoints/two-by"):
         assert words in described, described
     print("\n".join([*table, wide, described]))
     logs = jobs.kubectl("logs", "two-by-two-master-0")

@@ -120,9 +120,7 @@ def test_a_bug_in_looking_after_the_watches_is_not_hidden(
 
     async def whole(cluster: Cluster) -> None:
         settings = Settings(namespaces=(namespace,), watch_check_seconds=0.1)
-        informer = Informer(
-            settings, cluster, Cache(), news=lambda _: None, resynced=lambda: None
-        )
+        informer = Informer(settings, cluster, Cache(), news=lambda _: None, resynced=lambda: None)
         await informer.sync()
         with pytest.raises(LookupError, match="a bug"):
             await asyncio.wait_for(informer.run(), 20)

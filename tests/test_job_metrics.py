@@ -195,8 +195,8 @@ def test_each_change_of_state_is_one_line_that_names_the_job_and_the_pass() -> N
         tell(world)
         tell(world)
     assert [line["message"] for line in lines] == [
-        "New -> Pending",
-        "Pending -> Starting",
+        "New -> Starting",
+        "still Starting",
         "Starting -> Running",
     ]
     last = lines[-1]

@@ -142,7 +142,7 @@ def test_killed_at_any_time_nothing_is_made_twice_and_nothing_is_lost(
 
 def test_nothing_is_written_when_nothing_changes(operator: OperatorProcess, scene: Scene) -> None:
     scene.apply(job_samples.job(name="run"))
-    wait_for("the status", lambda: scene.status("run").get("phase") == "Starting")
+    wait_for("the whole status", lambda: "pyTorchJobUID" in scene.status("run"))
     time.sleep(1)
     before = scene.plane.api.get(f"{scene.jobs}/run")["metadata"]["resourceVersion"]
     operator.kill()

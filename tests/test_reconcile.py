@@ -54,11 +54,44 @@ def test_children_are_made_and_then_nothing_is_written(tell: Callable[[Story], N
         await scene.settle()
         assert await scene.names(PYTORCHJOBS) == ["run"]
         assert await scene.names(CLAIMS) == ["run-checkpoints"]
-        assert await scene.said() == {"PyTorchJobCreated": 1, "CheckpointClaimCreated": 1}
         before = await scene.job()
+        assert before["status"]["phase"] == "Starting"
         await scene.one_pass()
         assert await scene.job() == before
-        assert await scene.said() == {"PyTorchJobCreated": 1, "CheckpointClaimCreated": 1}
+        assert await scene.said() == {}
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_which_pytorchjob_was_made_is_known_before_it_is_written(
+    tell: Callable[[Story], None],
+) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        status = (await scene.job())["status"]
+        assert "pyTorchJobUID" not in status, "worth no write of its own"
+        uid = (await scene.cluster.get(PYTORCHJOBS, scene.namespace, "run"))["metadata"]["uid"]
+        await scene.cluster.delete(PYTORCHJOBS, scene.namespace, "run", uid=uid)
+        await scene.settle()
+        status = (await scene.job())["status"]
+        assert (status["restarts"], status["attempt"]) == (1, 2), "gone, and not made again as new"
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_a_slow_start_is_written_after_a_while(tell: Callable[[Story], None]) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.settle()
+        scene.now += 29
+        assert await scene.one_pass() == 1
+        assert (await scene.job())["status"]["reason"] == "Starting"
+        scene.now += 1
+        await scene.settle()
+        status = (await scene.job())["status"]
+        assert status["reason"] == "PodsStarting"
+        assert "pyTorchJobUID" in status
 
     tell(story)
 
@@ -70,6 +103,8 @@ def test_a_stale_cache_makes_nothing_twice(tell: Callable[[Story], None]) -> Non
         await scene.one_pass()
         stale = scene.cache.get(OSFTJOBS, *key)
         assert stale is not None
+        await scene.settle()
+        scene.now += 60
         await scene.settle()
         made = [await scene.cluster.get(PYTORCHJOBS, scene.namespace, "run")]
         # As if this process had begun before its earlier life made the children.
@@ -272,6 +307,9 @@ def test_words_and_progress_can_wait_but_nothing_else() -> None:
     assert says_little(before, after(progress={"step": 2}, countedPods={"newest": "t"}))
     assert says_little(before, after(conditions=[{**condition, "message": "y"}]))
     assert not says_little(before, after(conditions=[{**condition, "reason": "B"}]))
+    starts = after(reason="Starting", conditions=[{**condition, "reason": "Starting"}])
+    further = [{**condition, "reason": "PodsStarting"}]
+    assert says_little(starts, after(reason="PodsStarting", conditions=further))
     assert not says_little(before, after(checkpoint={"latest": "c"}))
     assert not says_little(before, after(restarts=1))
 

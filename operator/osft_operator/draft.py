@@ -13,7 +13,8 @@ from osft_operator.observed import Observed, find_condition, text_of, time_of
 from osft_operator.status import CONDITIONS, derive, set_condition, set_phase
 
 QUIET = ("NotYet", "Starting", "PodsStarting", "Waiting", "Suspended", "Failed", "Complete")
-"""Reasons of Running=False that are no news of their own."""
+"""Reasons of Running=False that are no news of their own, and Running=True after them is none: the
+status says so, and each event is one more object for the cluster to hold."""
 
 
 class Draft:
@@ -25,7 +26,6 @@ class Draft:
         self.now_text = text_of(now)
         self.status = derive(observed, now)
         self.actions: list[Action] = []
-        self.events: list[Event] = []
         self.poll: tuple[PollTarget, ...] = ()
         self._requeue: float | None = None
 
@@ -55,8 +55,8 @@ class Draft:
     def decision(self) -> Decision:
         """The decision, with the phase and the events that follow from what changed."""
         set_phase(self.status)
-        events = [*self.events, *self._news()]
-        return Decision(self.status, tuple(self.actions), tuple(events), self._requeue, self.poll)
+        news = tuple(self._news())
+        return Decision(self.status, tuple(self.actions), news, self._requeue, self.poll)
 
     def _news(self) -> list[Event]:
         found = []
@@ -64,7 +64,7 @@ class Draft:
             new = find_condition(self.status, kind)
             if (new["status"], new["reason"]) == self.recorded(kind):
                 continue
-            event = _event(kind, new["status"], new["reason"], new["message"])
+            event = self._event(kind, new["status"], new["reason"], new["message"])
             was_suspended = self.recorded("Suspended")[0] == "True"
             if kind == "Suspended" and new["status"] == "False" and was_suspended:
                 event = Event("Normal", "Resumed", "the job goes on")
@@ -72,18 +72,18 @@ class Draft:
                 found.append(event)
         return found
 
-
-def _event(kind: str, status: str, reason: str, message: str) -> Event | None:
-    if kind == "Accepted" and status == "False" and reason != "NotYet":
-        return Event("Warning", reason, message)
-    if kind == "Running" and status == "True":
-        return Event("Normal", "Running", message)
-    if kind == "Running" and reason not in QUIET:
-        return Event("Warning", reason, message)
-    if kind == "Stalled" and (status == "True" or reason == "Progressing"):
-        return Event("Warning" if status == "True" else "Normal", reason, message)
-    if kind in ("Suspended", "Complete") and status == "True":
-        return Event("Normal", reason, message)
-    if kind == "Failed" and status == "True":
-        return Event("Warning", reason, message)
-    return None
+    def _event(self, kind: str, status: str, reason: str, message: str) -> Event | None:
+        if kind == "Accepted" and status == "False" and reason != "NotYet":
+            return Event("Warning", reason, message)
+        if kind == "Running" and status == "True":
+            is_over = self.recorded(kind)[1] not in (None, *QUIET)
+            return Event("Normal", "Running", message) if is_over else None
+        if kind == "Running" and reason not in QUIET:
+            return Event("Warning", reason, message)
+        if kind == "Stalled" and (status == "True" or reason == "Progressing"):
+            return Event("Warning" if status == "True" else "Normal", reason, message)
+        if kind in ("Suspended", "Complete") and status == "True":
+            return Event("Normal", reason, message)
+        if kind == "Failed" and status == "True":
+            return Event("Warning", reason, message)
+        return None

@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from osft_operator import names
 from osft_operator.cache import selector
@@ -35,10 +37,31 @@ ERROR_WAITS = (1, 2, 3, 5, *([8] * 450))
 """Seconds between tries of a failing watch: an hour, then this process ends. Shorter outages are
 sat out, for a process that ends again and again is started later and later."""
 
+IDLE_SECONDS = 0.2
+"""kopf keeps a task and a queue for each object that told something, for so long after."""
+TOLD_AT_ONCE = 100
+"""So many events are handed on, then the main loop does other things."""
+
 _LOGGER = logging.getLogger("kopf")
 
 Seen = Callable[[Kind, str | None, Object], None]
 """Takes the kind, the event's type (None in the first list) and the object."""
+
+
+class _Forgetful(ResourceMemories):
+    """kopf's notes about each object, kept for nobody: at ten thousand jobs they are 100 MiB."""
+
+    async def recall(
+        self,
+        raw_body: Any,
+        *,
+        memobase: Any = None,
+        noticed_by_listing: bool = False,
+        ephemeral: bool = False,
+    ) -> ResourceMemory:
+        return await super().recall(
+            raw_body, memobase=memobase, noticed_by_listing=noticed_by_listing, ephemeral=True
+        )
 
 
 class Watches:
@@ -49,6 +72,7 @@ class Watches:
         self._kinds = kinds
         self._seen = seen
         self._loop = asyncio.get_running_loop()
+        self._told: deque[tuple[Kind, str | None, Object]] = deque()
         self._stop = threading.Event()
         self._ended: Future[None] = Future()
         # From now on nobody who waits for it can cancel it.
@@ -85,6 +109,7 @@ class Watches:
                 kopf.operator(
                     registry=self._registry(),
                     settings=kopf_settings(self._kinds),
+                    memories=_Forgetful(),
                     clusterwide=not namespaces,
                     namespaces=namespaces,
                     stop_flag=self._stop,
@@ -109,11 +134,20 @@ class Watches:
 
     def _handler(self, kind: Kind) -> Callable[..., Any]:
         async def handler(event: Any, **_: Any) -> None:
-            if self._loop.is_closed():
-                return
-            self._loop.call_soon_threadsafe(self._seen, kind, event["type"], event["object"])
+            self._told.append((kind, event["type"], event["object"]))
+            # Waking the main loop is a system call; whatever waits already has done it.
+            if len(self._told) == 1 and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._hand_on)
 
         return handler
+
+    def _hand_on(self) -> None:
+        """What was told since, on the main loop."""
+        for _ in range(TOLD_AT_ONCE):
+            if not self._told:
+                return
+            self._seen(*self._told.popleft())
+        self._loop.call_soon(self._hand_on)
 
 
 def _login(**arguments: Any) -> Any:
@@ -130,6 +164,7 @@ def kopf_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=PREFIX, v1=False)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX, v1=False)
     settings.watching.chunk_size = PAGE_SIZE
+    settings.queueing.idle_timeout = IDLE_SECONDS
     # A watch that says nothing for so long is opened anew: load balancers drop silent ones.
     settings.watching.server_timeout = WATCH_SECONDS
     settings.watching.client_timeout = WATCH_SECONDS + 5

@@ -35,13 +35,15 @@ from osft_operator.observer import Observer
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.settings import Settings
+from osft_operator.status import STARTING
 
 logger = logging.getLogger(__name__)
 
 WRITES_PER_SECOND = 20.0
 """Status writes of all jobs together that tell nothing but how far a run is."""
-QUIET = ("progress", "countedPods")
-"""Parts of the status that can wait; a condition's words can, too."""
+QUIET = ("progress", "countedPods", "pyTorchJobUID")
+"""Parts of the status that can wait; a condition's words can, too, and how far a start is. A job
+whose pods soon run is so written three times: as it begins, runs and ends."""
 KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)
 """Actions whose result is put in the cache at once."""
 LOOK_AGAIN_SECONDS = 1.0
@@ -73,6 +75,7 @@ class Reconciler:
         self._clock = clock
         self._written: dict[Key, float] = {}
         self._milestones: set[Key] = set()
+        self._made: dict[Key, tuple[str, str]] = {}
         self._budget = Budget(WRITES_PER_SECOND, clock)
 
     def progressed(self, key: Key, milestone: bool) -> float:
@@ -101,7 +104,7 @@ class Reconciler:
             self._forget(key)
             return None
         now = self._now()
-        decision = decide(await self._observer.observe(key, job, now), now)
+        decision = decide(await self._observer.observe(key, self._known(key, job), now), now)
         try:
             for action in decision.actions:
                 await self._do(key, action)
@@ -128,6 +131,15 @@ class Reconciler:
         waits = (decision.requeue_after, wait, again)
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
+    def _known(self, key: Key, job: Object) -> Object:
+        """The OSFTJob with what was not worth a write of its own: which PyTorchJob was made."""
+        status = job.get("status") or {}
+        name, uid = self._made.get(key, ("", ""))
+        if not uid or status.get("pyTorchJobName") != name or "pyTorchJobUID" in status:
+            self._made.pop(key, None)
+            return job
+        return {**job, "status": {**status, "pyTorchJobUID": uid}}
+
     async def _do(self, key: Key, action: Action) -> None:
         namespace = key.namespace
         match action:
@@ -139,6 +151,7 @@ class Reconciler:
                 self._cache.put(PYTORCHJOBS, made)
                 job_metrics.created.inc()
                 name = made["metadata"]["name"]
+                self._made[key] = (name, made["metadata"]["uid"])
                 logger.info("Created the PyTorchJob %s", name, extra={"osftjob": str(key)})
             case SuspendPyTorchJob(name, uid, suspend):
                 # With the uid it cannot hit another object that took the name meanwhile.
@@ -194,6 +207,7 @@ class Reconciler:
 
     def _forget(self, key: Key) -> None:
         self._poller.watch(key, ())
+        self._made.pop(key, None)
         self._written.pop(key, None)
         self._milestones.discard(key)
 
@@ -209,4 +223,7 @@ def _loud(status: dict[str, Any]) -> dict[str, Any]:
         {name: value for name, value in condition.items() if name != "message"}
         for condition in status.get("conditions") or []
     ]
+    for said in (kept, *kept["conditions"]):
+        if said.get("reason") in STARTING:
+            said["reason"] = STARTING[0]
     return kept

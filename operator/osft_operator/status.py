@@ -26,6 +26,8 @@ Status = dict[str, Any]
 
 CONDITIONS = ("Accepted", "Running", "Suspended", "Stalled", "Complete", "Failed")
 """All of them, in the order they are shown; each is set from the first pass on."""
+STARTING = ("Starting", "PodsStarting")
+"""Reasons of Running=False while all goes as it should."""
 MAX_CONDITION_MESSAGE = 4096
 LARGEST_NUMBER = 1e300
 """What a pod tells beyond it says nothing, and rounding it may overflow."""
@@ -110,6 +112,7 @@ def phase(status: Object) -> tuple[str, str]:
         return "Pending", accepted.get("reason", "")
     if running.get("reason") == "Restarting":
         return "Restarting", "Restarting"
+    begun = begun or running.get("reason") in STARTING
     return ("Starting" if begun else "Pending"), running.get("reason", "")
 
 

@@ -12,7 +12,6 @@ from osft_operator.actions import (
     CreateClaim,
     CreatePyTorchJob,
     DeletePyTorchJob,
-    Event,
     SuspendPyTorchJob,
 )
 from osft_operator.draft import Draft
@@ -122,11 +121,7 @@ def _create(draft: Draft, job: OSFTJob | None, name: str) -> None:
     claim = checkpoint_claim(job, resolved)
     if claim is not None and draft.observed.claim is None:
         draft.do(CreateClaim(claim))
-        words = f"made claim {resolved.checkpoint_claim} for checkpoints"
-        draft.events.append(Event("Normal", "CheckpointClaimCreated", words))
-    attempt = draft.status["attempt"]
-    draft.do(CreatePyTorchJob(pytorch_job(job, resolved, attempt)))
-    draft.events.append(Event("Normal", "PyTorchJobCreated", f"made PyTorchJob {name}"))
+    draft.do(CreatePyTorchJob(pytorch_job(job, resolved, draft.status["attempt"])))
 
 
 def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -71,10 +73,9 @@ def test_a_list_removes_ghosts_and_keeps_what_came_after_it() -> None:
     cache.put(PODS, body("ghost", 3, uid="g", job="job"))
     cache.put(PODS, body("kept", 4, uid="k", job="kept"))
     cache.put(PODS, body("young", 20, uid="y", job="young"))
-    changed = cache.replace(PODS, "n", [body("kept", 4, uid="k", job="kept")], "10")
-    assert changed == {KEY}
+    assert cache.sweep(PODS, "n", {"k"}, "10") == {KEY}
     assert sorted(pod["metadata"]["name"] for pod in cache.all(PODS)) == ["kept", "young"]
-    assert cache.replace(PODS, "elsewhere", [], "99") == set()
+    assert cache.sweep(PODS, "elsewhere", set(), "99") == set()
     assert len(list(cache.all(PODS))) == 2, "a list of one namespace emptied another"
 
 
@@ -84,13 +85,29 @@ def test_only_what_is_read_is_kept() -> None:
     (pod,) = cache.children(PODS, KEY)
     assert pod["spec"] == {"nodeName": "n1"}
     assert "managedFields" not in pod["metadata"]
+    spec = {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": {}}}
+    cache.put(PYTORCHJOBS, body("p", job="job", spec=spec))
+    (pytorch_job,) = cache.children(PYTORCHJOBS, KEY)
+    assert pytorch_job["spec"] == {"runPolicy": {"suspend": True}}
+
+
+def test_equal_texts_are_kept_once() -> None:
+    cache = Cache()
+    for name in ("a", "b"):
+        told = '{"phase": "Running", "steps": [1, {"reason": "PodsRunning"}]}'
+        cache.put(PYTORCHJOBS, body(name, uid=name, job="job", status=json.loads(told)))
+    first, second = (each["status"] for each in cache.children(PYTORCHJOBS, KEY))
+    assert first == second == {"phase": "Running", "steps": [1, {"reason": "PodsRunning"}]}
+    assert first["phase"] is second["phase"]
+    assert first["steps"][1]["reason"] is second["steps"][1]["reason"]
 
 
 class NoSuchKind:
     """A server that does not know a kind, or has not loaded it yet."""
 
-    async def list_all(self, kind: Kind, *_: object, **__: object) -> Listing:
+    async def pages(self, kind: Kind, *_: object, **__: object) -> AsyncIterator[Listing]:
         raise KindMissing("404 page not found")
+        yield
 
 
 def test_a_kind_that_seems_missing_takes_no_object_along() -> None:

@@ -90,7 +90,7 @@ def test_an_object_that_a_list_finds_gone_is_owed_no_more() -> None:
     scene = Scene()
     scene.check(Change("ADDED", claim(12)))
     # its end fell between two looks, so that no watch will ever speak of it
-    scene.cache.replace(CLAIMS, None, [], "20")
+    scene.cache.sweep(CLAIMS, None, set(), "20")
     scene.freshness.listed(PLACE, "20")
     assert not scene.freshness.is_behind
 

@@ -7,8 +7,9 @@ main event loop only; must never call the cluster, and what it returns must not 
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Set
 from typing import Any
 
 from osft_operator.kinds import (
@@ -26,8 +27,11 @@ WATCHED = (OSFTJOBS, PYTORCHJOBS, PODS, CLAIMS)
 """The kinds that are watched and listed."""
 REMEMBERED_UIDS = 20000
 """Deleted objects that are remembered, so that a late answer does not bring them back."""
-POD_SPEC_FIELDS = ("nodeName", "hostNetwork")
-"""All that is kept of a pod's spec: it is by far the largest part, and nothing reads it."""
+SPEC_FIELDS = {PODS: ("nodeName", "hostNetwork"), PYTORCHJOBS: ("runPolicy",)}
+"""All that is kept of these specs: they are by far the largest part, and nothing reads the rest."""
+UNREAD_METADATA = ("managedFields", "annotations")
+SHARED_CHARACTERS = 64
+"""Longest text that is worth a look whether another object has it, too."""
 
 
 def selector(kind: Kind) -> str:
@@ -96,22 +100,19 @@ class Cache:
         del self._objects[kind][metadata["namespace"], metadata["name"]]
         return job_of(kind, known)
 
-    def replace(
-        self, kind: Kind, namespace: str | None, bodies: Sequence[Object], version: str
-    ) -> set[Key]:
-        """Take over a whole list; what is not in it and not newer than it is a ghost.
+    def sweep(self, kind: Kind, namespace: str | None, present: Set[str], version: str) -> set[Key]:
+        """Forget ghosts: what a whole list did not hold, and what is not newer than it.
 
         Args:
             kind: what was listed.
             namespace: where; None for everywhere.
-            bodies: the objects.
+            present: uids of all that the list held; `put` has had them.
             version: resourceVersion of the list.
 
         Returns:
             The OSFTJobs that this is news for.
         """
-        changed = {self.put(kind, body) for body in bodies}
-        present = {body["metadata"]["uid"] for body in bodies}
+        changed = set()
         for body in list(self.all(kind)):
             metadata = body["metadata"]
             elsewhere = namespace is not None and metadata["namespace"] != namespace
@@ -153,9 +154,22 @@ def _number(version: str) -> int:
 
 
 def _trimmed(kind: Kind, body: Object) -> Object:
-    metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
+    """What is kept of an object: nothing that nobody reads, and no text twice."""
+    metadata = {k: v for k, v in body["metadata"].items() if k not in UNREAD_METADATA}
     kept: dict[str, Any] = {**body, "metadata": metadata}
-    if kind is PODS:
+    if kind in SPEC_FIELDS:
         spec = body.get("spec") or {}
-        kept["spec"] = {name: spec[name] for name in POD_SPEC_FIELDS if name in spec}
-    return kept
+        kept["spec"] = {name: spec[name] for name in SPEC_FIELDS[kind] if name in spec}
+    shared: Object = _shared(kept)
+    return shared
+
+
+def _shared(value: Any) -> Any:
+    """The same value made of strings that all objects share, as long as they are short."""
+    if isinstance(value, str):
+        return sys.intern(value) if len(value) <= SHARED_CHARACTERS else value
+    if isinstance(value, dict):
+        return {sys.intern(name): _shared(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_shared(each) for each in value]
+    return value

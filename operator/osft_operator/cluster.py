@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -79,7 +79,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Listing:
-    """A whole list, read in pages."""
+    """A list, or a page of it."""
 
     items: list[Object]
     version: str
@@ -142,21 +142,35 @@ class Cluster:
         """One object."""
         return await self._call("GET", kind, kind.path(namespace, name))
 
-    async def list_all(
+    async def pages(
         self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = ""
-    ) -> Listing:
-        """All objects of a kind, in pages; in every namespace when `namespace` is None."""
-        items: list[Object] = []
+    ) -> AsyncIterator[Listing]:
+        """A list page by page, so that nobody need hold it whole; everywhere without `namespace`.
+
+        Raises:
+            Gone: when the server has forgotten the list between two pages.
+        """
         query = {"limit": str(PAGE_SIZE)}
         query |= {"labelSelector": labels} if labels else {}
         query |= {"fieldSelector": fields} if fields else {}
         while True:
             page = await self._call("GET", kind, kind.path(namespace), query=query)
-            items += page.get("items") or []
             metadata = page.get("metadata", {})
+            yield Listing(page.get("items") or [], metadata.get("resourceVersion", ""))
             if not metadata.get("continue"):
-                return Listing(items, metadata.get("resourceVersion", ""))
+                return
             query["continue"] = metadata["continue"]
+
+    async def list_all(
+        self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = ""
+    ) -> Listing:
+        """All objects of a kind; in every namespace when `namespace` is None."""
+        items: list[Object] = []
+        version = ""
+        async for page in self.pages(kind, namespace, labels=labels, fields=fields):
+            items += page.items
+            version = page.version
+        return Listing(items, version)
 
     async def changes(
         self, kind: Kind, namespace: str | None, version: str, *, labels: str = ""

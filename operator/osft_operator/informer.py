@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, job_of
 from osft_operator.cluster import Cluster, ClusterError, Gone
+from osft_operator.endings import is_finished
 from osft_operator.freshness import Freshness
 from osft_operator.handlers import Watches
-from osft_operator.kinds import Kind, Object
+from osft_operator.kinds import OSFTJOBS, Kind, Object
 from osft_operator.queue import Key
 from osft_operator.resync import Place, Resync
 from osft_operator.settings import WATCH_LOOKS, Settings
@@ -153,15 +154,18 @@ class Informer:
     async def _list(self) -> bool:
         """List everything once; False when that failed."""
         try:
-            await self._resync.run()
+            changed = await self._resync.run()
         except ClusterError as error:
             logger.warning("The lists could not be read: %s", error)
             return False
         for place, version in self._resync.versions.items():
             self._freshness.listed(place, version)
-        # Every job is looked at again, changed or not: whatever was missed is found here.
+        # Every job is looked at again, changed or not: whatever was missed is found here. Only what
+        # is over and as it was stays so.
         for key in self._cache.jobs():
-            self._news(key)
+            job = self._cache.get(OSFTJOBS, *key) or {}
+            if key in changed or not is_finished(job.get("status") or {}):
+                self._news(key)
         self._resynced()
         return True
 

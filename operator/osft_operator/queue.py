@@ -47,6 +47,7 @@ class WorkQueue:
         self._chance = chance
         # Per namespace the waiting keys with the time they came; the first namespace is next.
         self._waiting: OrderedDict[str, OrderedDict[Key, float]] = OrderedDict()
+        self._length = 0
         self._working: set[Key] = set()
         self._again: set[Key] = set()
         self._delayed: list[tuple[float, Key]] = []
@@ -56,7 +57,7 @@ class WorkQueue:
         self._taken = clock()
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return self._length
 
     def add(self, key: Key) -> None:
         """Let the key be worked on as soon as possible."""
@@ -68,6 +69,7 @@ class WorkQueue:
         if key in keys:
             return
         keys[key] = self._clock()
+        self._length += 1
         metrics.queue_adds.labels(metrics.CONTROLLER).inc()
         metrics.queue_depth.labels(metrics.CONTROLLER).set(len(self))
         self._changed.set()
@@ -143,6 +145,7 @@ class WorkQueue:
         key, since = keys.popitem(last=False)
         if keys:
             self._waiting[namespace] = keys
+        self._length -= 1
         self._working.add(key)
         self._taken = self._clock()
         metrics.queue_depth.labels(metrics.CONTROLLER).set(len(self))

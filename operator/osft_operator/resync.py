@@ -109,9 +109,20 @@ class Resync:
         changed: set[Key] = set()
         for namespace in self._namespaces:
             try:
-                listing = await self._cluster.list_all(kind, namespace, labels=selector(kind))
+                changed |= await self._take(kind, namespace)
             except KindMissing:
                 return None
-            self.versions[kind, namespace] = listing.version
-            changed |= self._cache.replace(kind, namespace, listing.items, listing.version)
         return changed
+
+    async def _take(self, kind: Kind, namespace: str | None) -> set[Key]:
+        """One list, page by page: ten thousand whole objects are more than all that is kept."""
+        changed: set[Key | None] = set()
+        present: set[str] = set()
+        version = ""
+        async for page in self._cluster.pages(kind, namespace, labels=selector(kind)):
+            changed |= {self._cache.put(kind, body) for body in page.items}
+            present |= {body["metadata"]["uid"] for body in page.items}
+            version = page.version
+        changed |= self._cache.sweep(kind, namespace, present, version)
+        self.versions[kind, namespace] = version
+        return {key for key in changed if key is not None}

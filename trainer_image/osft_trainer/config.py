@@ -188,14 +188,15 @@ class TrainingParameters(Parameters):
     """Type of the weights in exported folders. Absent: the base model's."""
 
     wandb_project: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Weights & Biases project; its key comes from the environment (WANDB_API_KEY)."""
+    """Weights & Biases project; its key comes from the environment (WANDB_API_KEY). With
+    WANDB_MODE=offline the run lies in wandb/ in ckptOutputDir."""
     wandb_entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Weights & Biases team or user."""
     wandb_run_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Name of the Weights & Biases run."""
     mlflow_tracking_uri: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    """MLflow server, or a file: address; credentials come from the environment
-    (MLFLOW_TRACKING_TOKEN, ...)."""
+    """MLflow server, a file: address, or a database (sqlite:///...), which needs the whole mlflow
+    package; credentials come from the environment (MLFLOW_TRACKING_TOKEN, ...)."""
     mlflow_experiment_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """MLflow experiment. Absent: Default."""
     mlflow_run_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None

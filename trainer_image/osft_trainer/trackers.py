@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +48,8 @@ def start_services(
         done_steps: steps that the services may know already; what they know beyond is void.
 
     Raises:
-        ValueError: a package is not installed, or has no key.
-        OSError: the MLflow server cannot be reached.
+        ValueError: a package is not installed, has no key, or does not know the address.
+        OSError: a server cannot be reached, or refuses.
     """
     found: list[Service] = []
     if training.wandb_project is not None:
@@ -77,7 +79,7 @@ class _WeightsAndBiases:
                 project=training.wandb_project,
                 entity=training.wandb_entity,
                 name=training.wandb_run_name,
-                id=run_id.replace("/", "-"),
+                id=re.sub(r"[/\\#?%:]", "-", run_id),  # these it refuses
                 resume="allow",
                 dir=str(folder),
                 config=training.model_dump(mode="json"),
@@ -85,6 +87,11 @@ class _WeightsAndBiases:
         except wandb.errors.UsageError as error:
             raise ValueError(
                 f"{parameter}: {error}; set WANDB_API_KEY, or WANDB_MODE=offline"
+            ) from error
+        except wandb.errors.CommError as error:
+            raise OSError(
+                f"{parameter}: {error}; check WANDB_API_KEY, WANDB_BASE_URL and the network, or "
+                "set WANDB_MODE=offline"
             ) from error
 
     def log(self, row: Row) -> None:
@@ -96,12 +103,20 @@ class _WeightsAndBiases:
 
 class _MLflow:
     def __init__(self, training: TrainingParameters, run_id: str) -> None:
-        parameter = f"mlflow_tracking_uri {training.mlflow_tracking_uri!r}"
+        uri = str(training.mlflow_tracking_uri)
+        parameter = f"mlflow_tracking_uri {uri!r}"
         mlflow = _package("mlflow", "mlflow", parameter, "mlflow")
-        self._client = mlflow.MlflowClient(tracking_uri=training.mlflow_tracking_uri)
+        if uri.startswith("file:"):
+            # Newer ones take a store of files only from who asks twice; our user has named it.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         try:
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._run = self._found_or_made(training, run_id)
         except mlflow.exceptions.MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE" and not uri.startswith("http"):
+                raise ValueError(
+                    f"{parameter}: {error}; databases need the whole package: pip install mlflow"
+                ) from error
             raise OSError(
                 f"{parameter}: {error}; check the address and MLFLOW_TRACKING_*"
             ) from error

@@ -125,8 +125,17 @@ class SubspaceWeight(nn.Module):
     @torch.no_grad()
     def refresh(self, far: Sequence[Tensor]) -> None:
         """Form W + dW again, in place; `far` are `far_parts`, whole or of this rank's experts."""
-        delta = self._delta([local(part) for part in self._near_parts()], far)
-        local(self.effective.data).copy_(local(self.base) + delta)
+        near = [local(part) for part in self._near_parts()]
+        base, effective = local(self.base), local(self.effective.data)
+        if self.form in ("factored", "dense") or base.dtype != near[0].dtype:
+            # One pass: the sum is formed in float32 and rounded once. (`factored` subtracts first:
+            # equal factors leave the base bit for bit.)
+            torch.add(base, self._delta(near, far), out=effective)
+            return
+        *before, last = far
+        product = torch.baddbmm if self.batched else torch.addmm
+        # No update of the whole size comes into being beside the weight.
+        product(base, self._delta(near, before), last, out=effective)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

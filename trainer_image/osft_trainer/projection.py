@@ -82,12 +82,20 @@ def _project_rows(pairs: Sequence[_Pair]) -> None:
 
 
 def _subtract_rows(values: Tensor, kept: Tensor, coefficients: Tensor) -> None:
-    local(values).sub_(local(kept) @ coefficients)
+    _subtract_product(local(values), local(kept), coefficients)
 
 
 def _subtract_cols(values: Tensor, kept: Tensor) -> None:
     mine = local(values)
-    mine.sub_((mine @ kept.mT) @ kept)
+    _subtract_product(mine, mine @ kept.mT, kept)
+
+
+def _subtract_product(values: Tensor, left: Tensor, right: Tensor) -> None:
+    """In one pass over the values, matrices or a batch of them."""
+    if values.dim() == 2:
+        values.addmm_(left, right, alpha=-1)
+    else:
+        values.baddbmm_(left, right, alpha=-1)
 
 
 def _bytes(part: Tensor) -> int:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from osft_trainer import decomposition
 from osft_trainer.activations import block_importance, on_device
 from osft_trainer.agreement import from_first_rank
+from osft_trainer.attention import use_variable_length
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
@@ -110,8 +111,10 @@ def build_model(
         )
     _write_plan(plan, prepared, held_out, steps, folder, world)
     liger_off = apply_liger(hf, training.use_liger, world.device)
+    dense_mask = use_variable_length(hf, world.device)
     if world.rank == 0:
         logger.info("%s", liger_off or "Liger kernels are on")
+        logger.info("%s", dense_mask or "packed samples take torch's variable-length attention")
     if training.activation_checkpointing:
         enable_activation_checkpointing(hf)
     bases = decomposition.prepare(

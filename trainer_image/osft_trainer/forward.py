@@ -5,9 +5,10 @@ the loss without full float32 logits. Called by `model.OSFTModel` and by evaluat
 average (the caller divides by the global token count), or know about optimizers.
 
 A packed row is input_ids, position_ids and labels of shape [1, T]; position_ids restart at 0 where
-a sample begins. For the families in `PACKED_FAMILIES` (each one tested) transformers builds a mask
-per sample from position_ids when no attention_mask is given. Every other family gets a right-padded
-batch with an attention mask: slower, correct for all causal models.
+a sample begins. For the families in `PACKED_FAMILIES` (each one tested) the attention takes the
+borders of the samples (`attention`, on CUDA), or transformers builds a mask per sample from
+position_ids when no attention_mask is given. Every other family gets a right-padded batch with an
+attention mask: slower, correct for all causal models.
 
 The balancing loss of expert models is not added: routers are frozen, so it could only move other
 weights to fit a router that does not move.
@@ -15,6 +16,7 @@ weights to fit a router that does not move.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from osft_trainer.attention import packed_arguments, sample_lengths
 
 IGNORED = -100
 """Label that does not count."""
@@ -56,7 +60,8 @@ class Head:
 def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Logits [1, T, vocabulary] in the model's dtype; samples do not see one another."""
     if hf.config.model_type in PACKED_FAMILIES:
-        out = hf(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        packed = packed_arguments(hf, position_ids)
+        out = hf(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
         return cast(Tensor, out.logits)
     batch, mask = _unpack(input_ids, position_ids)
     out = hf(input_ids=batch, attention_mask=mask, use_cache=False)
@@ -69,9 +74,10 @@ def packed_hidden(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) 
     No padding is run through it either: a family that cannot be packed gets its samples one by one.
     """
     if hf.config.model_type in PACKED_FAMILIES:
-        hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        packed = packed_arguments(hf, position_ids)
+        hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
         return
-    for sample in input_ids[0].tensor_split(_starts(position_ids)[1:]):
+    for sample in torch.split(input_ids[0], sample_lengths(position_ids)):
         hf.base_model(input_ids=sample[None], use_cache=False)
 
 
@@ -81,17 +87,20 @@ def packed_loss(
     position_ids: Tensor,
     labels: Tensor,
     fused: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Sum over labelled tokens of -log p(next token), a float32 scalar; 0 when none is labelled.
 
-    `fused` takes Liger's fused projection and cross entropy (CUDA only).
+    `fused` takes Liger's fused projection and cross entropy (CUDA only); `lengths` of the samples
+    spare a wait for the device, where they are known.
     """
     targets = next_token_labels(labels, position_ids)[0]
     counted = targets != IGNORED
     if hf.config.model_type not in PACKED_FAMILIES:
         logits = packed_forward(hf, input_ids, position_ids)[0]
         return cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
-    out = hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    packed = packed_arguments(hf, position_ids, lengths)
+    out = hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     # Once: a device is waited for to learn how many there are.
     places = counted.nonzero()[:, 0]
     hidden, targets = out.last_hidden_state[0][places], targets[places]
@@ -149,20 +158,12 @@ def _fused_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     return loss.float()
 
 
-def _starts(position_ids: Tensor) -> list[int]:
-    """Where the samples of a packed row begin."""
-    starts: list[int] = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return starts if starts and starts[0] == 0 else [0, *starts]
-
-
 def _unpack(input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cut a packed row into a right-padded batch and its attention mask, [samples, longest]."""
-    starts = _starts(position_ids)
-    ends = [*starts[1:], input_ids.shape[1]]
-    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-    batch = input_ids.new_zeros(len(lengths), max(lengths))
+    samples = torch.split(input_ids[0], sample_lengths(position_ids))
+    batch = input_ids.new_zeros(len(samples), max(len(sample) for sample in samples))
     mask = torch.zeros_like(batch)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        batch[row, :length] = input_ids[0, start : start + length]
-        mask[row, :length] = 1
+    for row, sample in enumerate(samples):
+        batch[row, : len(sample)] = sample
+        mask[row, : len(sample)] = 1
     return batch, mask

@@ -7,7 +7,7 @@ pickles, choose ranks (`targets` does), or start a process group (`parallel` doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,9 +46,15 @@ class OSFTModel(nn.Module):
         self.plan = plan
         self.fused_loss = fused_loss
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """[1, T] each; returns a float32 scalar, see `forward.packed_loss`."""
-        return packed_loss(self.hf, input_ids, position_ids, labels, self.fused_loss)
+        return packed_loss(self.hf, input_ids, position_ids, labels, self.fused_loss, lengths)
 
     def trainables(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by name, in a stable order; DTensors after `parallel.shard`."""

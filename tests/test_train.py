@@ -52,6 +52,12 @@ def test_a_run_writes_all_that_it_promises(base: Path, tmp_path: Path) -> None:
     assert {row["totalSteps"] for row in rows} == {6}
     assert [row["samples"] for row in rows] == [8, 8, 6, 8, 8, 6]
     assert rows[0]["lr"] == 0.01
+    assert rows[0]["leak"] < 1e-5
+    assert 0 < rows[0]["leakExported"] < 1e-2
+    assert rows[0]["leakMatrix"] == "model.layers.0.self_attn.q_proj"
+    assert not any("leak" in row for row in rows[1:])
+    progress = json.loads(folder.progress.read_text())
+    assert {"leak", "leakExported"} <= {metric["name"] for metric in progress["metrics"]}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
     assert (result.steps, result.loss, result.final_dir) == (6, rows[-1]["loss"], folder.final)
     assert result.leak is not None

@@ -54,6 +54,7 @@ def mean_loss(
                 input_ids=micro.input_ids.to(world.device),
                 position_ids=micro.position_ids.to(world.device),
                 labels=micro.labels.to(world.device),
+                lengths=micro.lengths,
             )
             total += loss_sum.double()
     return sum_over_ranks(float(total), world) / loss_tokens

@@ -27,6 +27,7 @@ from torch import Tensor
 from osft_trainer.agreement import any_rank_of_each
 from osft_trainer.checkpoint import Position, State
 from osft_trainer.config import TrainingParameters
+from osft_trainer.leaks import Leak, LeakWatch
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import set_learning_rate
 from osft_trainer.outcome import Diverged, NoLossTokens
@@ -72,6 +73,7 @@ class Loop:
     export_epoch: Callable[[OSFTModel, Position], None]
     """Writes the model at the end of an epoch; collective."""
     validation: Validation | None
+    leaks: LeakWatch
 
     def run(self, position: Position) -> tuple[Position, bool]:
         """Train from a position to the end of the run, or until a stop is asked for.
@@ -91,7 +93,7 @@ class Loop:
                     return position, True
                 done = self._step(batch, position)
                 position = self._validated(batch, _after(position, batch, done))
-                self._record(batch, position, done)
+                self._record(batch, position, done, self.leaks.measure(position.step))
                 self._after_step(batch, position)
         except (Diverged, NoLossTokens):
             # Every rank is here, and the state in flight is a good one: of a step before.
@@ -154,7 +156,9 @@ class Loop:
         self.state.optimizer.zero_grad(set_to_none=True)
         return Step(loss, norm, rate, time.monotonic() - begin)
 
-    def _record(self, batch: GlobalBatch, position: Position, done: Step) -> None:
+    def _record(
+        self, batch: GlobalBatch, position: Position, done: Step, leak: Leak | None
+    ) -> None:
         speed = batch.tokens / max(done.seconds, 1e-9)
         epoch = batch.epoch + (batch.index + 1) / self._batches_per_epoch
         if self.tracker is not None:
@@ -175,7 +179,11 @@ class Loop:
                 row["totalSteps"] = self.total_steps
             if self._is_validated(batch, position) and position.validation_loss is not None:
                 row["validationLoss"] = position.validation_loss
+            if leak is not None:
+                row.update(leak.to_row())
             self.tracker.write(row)
+        if leak is not None:
+            self.reporter.measured(leak=leak.trained, leakExported=leak.exported)
         self.reporter.update(
             phase="Training",
             step=position.step,
@@ -248,6 +256,7 @@ def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> Tensor:
             input_ids=micro.input_ids.to(world.device),
             position_ids=micro.position_ids.to(world.device),
             labels=micro.labels.to(world.device),
+            lengths=micro.lengths,
         )
         (loss_sum / batch.loss_tokens).backward()
         total += loss_sum.detach().double()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic.alias_generators import to_camel
 
 from osft_trainer.agreement import from_first_rank
@@ -22,8 +23,10 @@ from osft_trainer.assembly import build_model, compute_dtype, prepare_data
 from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.config import TrainingParameters
 from osft_trainer.evaluation import mean_loss
+from osft_trainer.export import base_dtype
 from osft_trainer.export_checkpoint import RunRecord
 from osft_trainer.identity import Claim, check_owner
+from osft_trainer.leaks import LeakWatch
 from osft_trainer.loop import Loop
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import build_optimizer
@@ -112,6 +115,7 @@ def train(
             stop=stop,
             export_epoch=run.outputs.write_epoch,
             validation=validation,
+            leaks=run.leaks(model),
         )
         end, stopped = loop.run(start)
         return run.finish(model, start, end, stopped, text, before)
@@ -214,6 +218,12 @@ class _Run:
             before_publish=(lambda: None) if tracker is None else tracker.sync,
             on_saved=on_saved,
         )
+
+    def leaks(self, model: OSFTModel) -> LeakWatch:
+        """What measures the share of the update in the kept subspaces."""
+        told = self.training.save_dtype
+        base = Path(self.training.model_path)
+        return LeakWatch(model, base_dtype(base) if told is None else getattr(torch, told))
 
     def validation(self, model: OSFTModel, held_out: PreparedData | None) -> Validation | None:
         """The validation on these data; None without any."""

@@ -85,10 +85,16 @@ def test_only_what_is_read_is_kept() -> None:
     (pod,) = cache.children(PODS, KEY)
     assert pod["spec"] == {"nodeName": "n1"}
     assert "managedFields" not in pod["metadata"]
-    spec = {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Master": {}}}
+    spec = {
+        "runPolicy": {"suspend": True},
+        "pytorchReplicaSpecs": {"Worker": {"replicas": 3, "template": {}}},
+    }
     cache.put(PYTORCHJOBS, body("p", job="job", spec=spec))
     (pytorch_job,) = cache.children(PYTORCHJOBS, KEY)
-    assert pytorch_job["spec"] == {"runPolicy": {"suspend": True}}
+    assert pytorch_job["spec"] == {
+        "runPolicy": {"suspend": True},
+        "pytorchReplicaSpecs": {"Worker": {"replicas": 3}},
+    }
 
 
 def test_equal_texts_are_kept_once() -> None:
@@ -125,9 +131,9 @@ class Lists:
     def __init__(self) -> None:
         self.version = 1
 
-    async def list_all(self, kind: Kind, *_: object, **__: object) -> Listing:
+    async def pages(self, kind: Kind, *_: object, **__: object) -> AsyncIterator[Listing]:
         pods = [body("p", self.version, uid="p", job="job")] if kind is PODS else []
-        return Listing(pods, str(self.version))
+        yield Listing(pods, str(self.version))
 
 
 def drift() -> float:

@@ -27,7 +27,12 @@ WATCHED = (OSFTJOBS, PYTORCHJOBS, PODS, CLAIMS)
 """The kinds that are watched and listed."""
 REMEMBERED_UIDS = 20000
 """Deleted objects that are remembered, so that a late answer does not bring them back."""
-SPEC_FIELDS = {PODS: ("nodeName", "hostNetwork"), PYTORCHJOBS: ("runPolicy",)}
+REPLICA_SPECS = "pytorchReplicaSpecs"
+"""Here only the numbers are read, never the pods' templates."""
+SPEC_FIELDS = {
+    PODS: ("nodeName", "hostNetwork"),
+    PYTORCHJOBS: ("runPolicy", REPLICA_SPECS),
+}
 """All that is kept of these specs: they are by far the largest part, and nothing reads the rest."""
 UNREAD_METADATA = ("managedFields", "annotations")
 SHARED_CHARACTERS = 64
@@ -160,6 +165,11 @@ def _trimmed(kind: Kind, body: Object) -> Object:
     if kind in SPEC_FIELDS:
         spec = body.get("spec") or {}
         kept["spec"] = {name: spec[name] for name in SPEC_FIELDS[kind] if name in spec}
+        if REPLICA_SPECS in kept["spec"]:
+            kept["spec"][REPLICA_SPECS] = {
+                each: {"replicas": replica.get("replicas", 1)}
+                for each, replica in spec[REPLICA_SPECS].items()
+            }
     shared: Object = _shared(kept)
     return shared
 

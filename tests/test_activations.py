@@ -13,15 +13,16 @@ from osft_trainer import activations
 from osft_trainer.activations import (
     InputGroup,
     Row,
-    block_importance,
     in_passes,
     input_groups,
     least_used,
+    on_device,
     second_moments,
     used_share,
 )
 from osft_trainer.decomposition import prepare
-from osft_trainer.forward import packed_forward
+from osft_trainer.forward import evaluating, packed_forward
+from osft_trainer.importance import block_importance
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.parallel import World
 from osft_trainer.prepared import GrowingArray, PreparedData
@@ -354,3 +355,43 @@ def test_what_matters_more_is_kept_more() -> None:
     ranks = {t.module: t.free_rank for t in plan.targets}
     assert ranks[f"{ATTENTION}.q_proj"] == 22
     assert ranks["model.layers.1.self_attn.q_proj"] == 10
+
+
+def test_inputs_that_are_no_numbers_are_refused_also_where_they_are_only_checked() -> None:
+    model = tiny_model("llama")
+    text = row([8])
+    groups = input_groups(model, plan_of(model), text)
+    basis = torch.eye(groups[0].width)[: groups[0].rank]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[text[0][0, -1]] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        used_share(model, groups[:1], [basis], [text])
+
+
+def test_every_module_has_its_own_mode_again() -> None:
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert set(modes) == {True, False}
+    second_moments(model, input_groups(model, plan_of(model), row([5])), [row([5])])
+    assert [module.training for module in model.modules()] == modes
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_comes_back_into_the_memory_that_it_had() -> None:
+    """Weights that are mapped from files are one copy for all ranks of a node."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.model.register_buffer("ours", torch.ones(3))
+
+    def places() -> dict[str, int]:
+        held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        return {name: tensor.data_ptr() for name, tensor in held}
+
+    before = places()
+    meta = World(rank=0, local_rank=0, size=1, device=torch.device("meta"))
+    with on_device(model, meta):
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert places() == before
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ from osft_trainer import evaluation
 from osft_trainer.data import prepare
 from osft_trainer.evaluation import mean_loss
 from osft_trainer.model import OSFTModel, convert, enable_activation_checkpointing, load_model
+from osft_trainer.outcome import NoLossTokens
 from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.prepared import PreparedData, open_prepared
 from osft_trainer.targets import plan_targets
@@ -103,6 +105,12 @@ def test_modes_come_back_after_a_failure(base: Path, prepared: PreparedData) -> 
     with pytest.raises(ValueError, match="more than max_tokens_per_gpu 8"):
         mean_loss(model, prepared, max_tokens_per_gpu=8, world=ALONE)
     assert all(module.training for module in model.modules())
+
+
+def test_data_without_a_token_that_counts_is_named(base: Path, prepared: PreparedData) -> None:
+    none = prepared.whole().part(np.arange(0))
+    with pytest.raises(NoLossTokens, match="no token counts: give samples"):
+        mean_loss(osft_model(base), none, max_tokens_per_gpu=96, world=ALONE)
 
 
 def measure(base: Path, data: Path, out: Path) -> None:

@@ -10,10 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from osft_trainer import export
+from osft_trainer import durable, export
+from osft_trainer.durable import work_folder
 from osft_trainer.export import base_digest, base_dtype, export_hf
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World
+from osft_trainer.report import RunFolder
 from osft_trainer.targets import plan_targets
 from tiny_models import FAMILIES, packed_batch, save_tiny_model
 
@@ -114,6 +116,21 @@ def test_rounding_on_export_is_measured(tmp_path: Path) -> None:
     assert description["leak"] < 1e-5 < 1e-2 < description["leak_exported"]
 
 
+def test_a_leak_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    """Weights beyond float16 become infinite when they are rounded to it."""
+    base = save_tiny_model(tmp_path / "base", "llama")
+    model = _trained(base)
+    with torch.no_grad():
+        next(iter(model.trainables().values())).mul_(1e7)
+    model.finish_step()
+    export_hf(model, base, tmp_path / "out", ALONE, save_dtype=torch.float16)
+    description = json.loads(
+        (tmp_path / "out" / "osft.json").read_text(), parse_constant=pytest.fail
+    )
+    assert description["leak"] < 1e-5
+    assert "leak_exported" not in description
+
+
 def test_a_known_digest_is_taken(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     export_hf(_trained(base), base, tmp_path / "out", ALONE, digest="known")
@@ -142,8 +159,8 @@ def test_an_older_export_and_remains_of_a_broken_one_are_replaced(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.txt").write_text("old")
-    (tmp_path / ".out.writing").mkdir()
-    (tmp_path / ".out.writing" / "part-00001.safetensors").write_text("half")
+    work_folder(out, "").mkdir()
+    (work_folder(out, "") / "part-00001.safetensors").write_text("half")
     export_hf(_trained(base), base, out, ALONE)
     assert not (out / "stale.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -155,8 +172,8 @@ def test_a_failing_write_leaves_the_older_export_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "kept.txt").write_text("old")
-    (tmp_path / ".out.writing").write_text("a file where the folder must go")
-    with pytest.raises(OSError, match=r"out\.writing"):
+    work_folder(out, "").write_text("a file where the folder must go")
+    with pytest.raises(OSError, match=r"out\..*writing"):
         export_hf(_trained(base), base, out, ALONE)
     assert (out / "kept.txt").read_text() == "old"
 
@@ -172,6 +189,25 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for largest in (1, 10**9):
         with pytest.raises(OSError, match="out: No space left"):
             export_hf(_trained(base), base, tmp_path / "out", ALONE, max_shard_bytes=largest)
+        assert [path.name for path in tmp_path.iterdir()] == ["base"], "the room is free again"
+
+
+def test_it_is_complete_from_the_moment_that_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = save_tiny_model(tmp_path / "base"), tmp_path / "out"
+    real = durable.sync
+
+    def crash_after_the_rename(path: Path) -> None:
+        if path == out.parent:
+            raise KeyboardInterrupt
+        real(path)
+
+    monkeypatch.setattr(durable, "sync", crash_after_the_rename)
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(_trained(base), base, out, ALONE)
+    assert RunFolder.is_complete(out)
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_the_digest_follows_content(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
+from osft_trainer import decomposition, export, retention
 from osft_trainer.config import TrainingParameters
 from osft_trainer.export_checkpoint import export_checkpoint
 from osft_trainer.report import RunFolder
@@ -49,8 +50,9 @@ def content(folder: Path) -> dict[str, bytes]:
         {"compute_dtype": "bfloat16", "other_parameters": "norms"},
         {"target_patterns": ["self_attn"]},
         {"unfreeze_rank_ratio": 1.0},
+        {"validation_split": 0.3, "validate_at_epoch": True},
     ],
-    ids=["exact", "factored", "all", "bfloat16", "attention", "ratio 1"],
+    ids=["exact", "factored", "all", "bfloat16", "attention", "ratio 1", "validation"],
 )
 def test_the_last_state_gives_the_final_model_bit_for_bit(
     base: Path, tmp_path: Path, changes: dict[str, Any]
@@ -80,6 +82,35 @@ def test_a_split_by_activations_is_exported_too(
         shutil.rmtree(folder.cache / "decomposition")
     export_checkpoint(folder.complete_checkpoints()[-1], tmp_path / "out")
     assert_final_but_for_retention(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "given"])
+def test_bases_that_would_be_others_are_refused_before_any_work(
+    base: Path, tmp_path: Path, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is text written anew, nor are matrices split."""
+    old = tiny.data_file(tmp_path / "old.jsonl", seed=5)
+    trained(
+        base,
+        tmp_path / "run",
+        split_by="activations",
+        retention_data_path=None if sampled else str(old),
+        retention_tokens=1024,
+    )
+    folder = RunFolder(tmp_path / "run")
+    shutil.rmtree(folder.cache)
+    tiny.data_file(old, seed=6)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("hours of work")
+
+    monkeypatch.setattr(retention, "sample_conversations", never)
+    monkeypatch.setattr(decomposition, "second_moments", never)
+    words = r"retention_data_path: what the model wrote.* is gone" if sampled else "would be others"
+    with pytest.raises(ValueError, match=rf"(?s)lacks the bases.*{words}.*its run's cache folder"):
+        export_checkpoint(folder.complete_checkpoints()[-1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (folder.cache / "retention").exists()
 
 
 def test_adaptive_ranks_are_those_of_the_run(base: Path, tmp_path: Path) -> None:
@@ -146,15 +177,22 @@ def test_another_type_can_be_asked_for(run: RunFolder, tmp_path: Path) -> None:
     assert weights < 0.6 * (run.final / "model.safetensors").stat().st_size
 
 
-def test_an_interrupted_export_is_done_again_and_nothing_else_replaced(
-    run: RunFolder, tmp_path: Path
+def test_an_interrupted_export_is_done_again_and_nothing_replaced(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = run.complete_checkpoints()[-1]
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_copy_base_files", crash)
+        with pytest.raises(KeyboardInterrupt):
+            export_checkpoint(last, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     export_checkpoint(last, tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is not empty: give a new folder"):
         export_checkpoint(last, tmp_path / "out")
-    (tmp_path / "out" / "COMPLETE").unlink()
-    export_checkpoint(last, tmp_path / "out")
     assert content(tmp_path / "out") == content(run.final)
 
 

@@ -76,13 +76,13 @@ def test_killed_at_the_end_of_an_epoch(
     base: Path, tmp_path: Path, undisturbed: list[dict[str, float]]
 ) -> None:
     told = parameters(base, tmp_path, checkpoint_every_steps=3, checkpoint_at_epoch=True)
-    # The third forced write, the first of a state, falls on the end of epoch 1, behind its export.
-    assert tiny.finish(tiny.start(told, die_at_sync=3)) == [KILLED]
+    # The first state falls on the end of epoch 1, behind its export.
+    assert tiny.finish(tiny.start(told, die_at_sync=1)) == [KILLED]
     folder = RunFolder(tmp_path)
     assert folder.is_complete(folder.export_of_epoch(1))
     assert folder.complete_checkpoints() == []
     # COMPLETE of the state of epoch 1 is on disk, nothing of epoch 2 is.
-    assert tiny.finish(tiny.start(told, die_at_sync=9)) == [KILLED]
+    assert tiny.finish(tiny.start(told, die_at_sync=SYNCS)) == [KILLED]
     assert folder.complete_checkpoints()[-1] == folder.checkpoint(3)
     tiny.complete(told)
     assert tiny.rows(told) == undisturbed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from pydantic import ValidationError
 
 import tiny
+from osft_trainer import train as train_module
 from osft_trainer.config import TrainingParameters
 from osft_trainer.identity import data_digest, fingerprint
+from osft_trainer.last_words import Result
 from osft_trainer.model import load_model, load_tokenizer
 from osft_trainer.report import Progress, Retention, RunFolder, read_document
 from osft_trainer.self_sampling import sample_conversations
@@ -210,3 +213,59 @@ def test_another_model_in_the_same_folder_writes_a_text_of_its_own(
     tiny.run(tiny.training(other, data, tmp_path, num_epochs=1, **changes))
     texts = list((tmp_path / "cache" / "retention").glob("sampled-*.jsonl"))
     assert len({path.read_text() for path in texts}) == 2
+
+
+def documents(path: Path, bad_lines: int = 0) -> Path:
+    lines = [json.dumps({"text": f"once upon {n} there was " * 4}) for n in range(40)]
+    path.write_text("\n".join([*lines, *["no json"] * bad_lines]) + "\n")
+    return path
+
+
+def test_given_text_has_the_form_of_the_training_data(base: Path, tmp_path: Path) -> None:
+    """And its bad rows are treated alike."""
+    data = documents(tmp_path / "new.jsonl")
+    old = documents(tmp_path / "old.jsonl", bad_lines=2)
+    told = tiny.training(
+        base, data, tmp_path / "out", num_epochs=1, is_pretraining=True, block_size=48,
+        retention_data_path=str(old),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^retention_data_path: 2 problems"):
+        tiny.run(told)
+    result = tiny.run(told.model_copy(update={"on_bad_sample": "skip"}))
+    assert result.retention is not None
+
+
+def strict(text: str) -> Any:
+    """JSON as everybody else reads it: without NaN and Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("found", [[math.nan, 1.0], [1.5, math.inf]], ids=["before", "after"])
+def test_a_loss_that_is_no_number_is_left_out_everywhere(
+    base: Path, tmp_path: Path, found: list[float], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The training goes by its own losses, and ends as ever."""
+    script = iter(found)
+    monkeypatch.setattr(train_module, "mean_loss", lambda *_, **__: next(script))
+    told = parameters(base, tmp_path)
+    result = tiny.run(told)
+    kept = None if math.isnan(found[0]) else Retention(loss_before=1.5)
+    assert result.retention == kept
+    assert "the loss on retention text is" in caplog.text
+    folder = RunFolder(tmp_path)
+    facts = strict((folder.final / "osft.json").read_text())
+    assert facts.get("retention") == (None if kept is None else {"lossBefore": 1.5})
+    progress = read_document(folder.progress, Progress)
+    assert progress is not None
+    assert progress.retention == kept
+    for path in [folder.plan, folder.progress, *folder.root.rglob("state.json")]:
+        strict(path.read_text())
+    for line in folder.metrics.read_text().splitlines():
+        strict(line)
+    assert Result.parse(Result.of(result).to_json()) is not None
+    assert tiny.run(told).retention == kept

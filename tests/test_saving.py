@@ -16,6 +16,7 @@ import tiny
 from osft_trainer import loop as loop_module
 from osft_trainer import saving
 from osft_trainer.checkpoint import Checkpoints, Position, State
+from osft_trainer.config import TrainingParameters
 from osft_trainer.outcome import Superseded
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
@@ -126,6 +127,28 @@ def test_a_failure_surfaces_at_the_next_step_and_leaves_nothing(
     assert [path.name for path in RunFolder(tmp_path).checkpoints.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("step", [2, 3], ids=["the same step", "a later step"])
+def test_the_last_state_is_tried_whatever_became_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    saver = saver_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_rows", no_space)
+        saver.begin(new_state(2), Position(step=2))
+        until_written(saver)
+    assert saver.has_failed
+    saver.finish_with(new_state(step), Position(step=step))
+    assert saver.told == [step]
+    assert "step-00000002.t.partial: No space left on device" in caplog.text
+    loaded, position = load(tmp_path)
+    assert position == Position(step=step)
+    assert_equal(loaded, new_state(step))
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_the_next_owner_is_told_apart_from_a_failure(tmp_path: Path) -> None:
     saver = saver_of(tmp_path)
 
@@ -162,6 +185,20 @@ def test_time_is_measured_by_the_first_rank_from_the_last_save(tmp_path: Path) -
     assert saver.is_due_now(6)
     assert not saver.is_due_now(5), "it is saved"
     assert not saver_of(tmp_path / "none", clock=lambda: now).is_due_now(6)
+
+
+def test_a_disk_slower_than_the_clock_does_not_hold_up_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, go, real = 0.0, threading.Event(), saving.write_rows
+    saver = saver_of(tmp_path, checkpoint_every_minutes=2.0, clock=lambda: now)
+    monkeypatch.setattr(saving, "write_rows", lambda *told: go.wait(30) and real(*told))
+    saver.begin(new_state(1), Position(step=1))
+    now = 500.0
+    assert not saver.is_due_now(2)
+    go.set()
+    saver.finish()
+    assert saver.is_due_now(2)
 
 
 def test_the_copy_is_taken_into_the_same_memory_again() -> None:
@@ -221,6 +258,42 @@ def test_steps_go_on_while_the_disk_is_busy(
     tiny.run(told)
     folder = RunFolder(tmp_path)
     assert folder.complete_checkpoints() == [folder.checkpoint(4), folder.checkpoint(6)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_saves_also_after_a_save_that_failed(base: Path, tmp_path: Path, ranks: int) -> None:
+    told = tiny.training(base, base.parent / "data.jsonl", tmp_path, checkpoint_every_steps=2)
+    processes = tiny.start_ranks(stopped_after_a_failure, ranks, [(told,)] * ranks)
+    assert tiny.finish(processes) == [143] * ranks
+    assert RunFolder(tmp_path).complete_checkpoints() == [RunFolder(tmp_path).checkpoint(3)]
+
+
+def stopped_after_a_failure(told: TrainingParameters) -> None:
+    """While step 3 runs, it shows that the state of step 2 cannot be written, and a stop comes."""
+    stop, third, failed = (threading.Event() for _ in range(3))
+    backward, write_rows = loop_module.backward, saving.write_rows
+    count = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            third.set()
+            assert failed.wait(30)
+            stop.set()
+        return backward(*given)
+
+    def write(folder: Path, *given: Any) -> None:
+        if "00000002" in folder.name:
+            assert third.wait(30)
+            failed.set()
+            no_space()
+        write_rows(folder, *given)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop_module, "backward", counted)
+    patch.setattr(saving, "write_rows", write)
+    tiny.run(told, stop)
 
 
 def test_ranks_save_together_by_the_clock(base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from osft_trainer import loop as loop_module
 from osft_trainer import validation as validation_module
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import prepare
-from osft_trainer.export import put_back
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.report import Progress, RunFolder, read_document
@@ -227,19 +226,6 @@ def test_the_best_of_other_data_does_not_count(
     scripted(monkeypatch, [3.0, 2.0, 4.0])
     second = first.model_copy(update={"validation_data_path": str(tmp_path / "third.jsonl")})
     assert tiny.run(second).best_validation_loss == 2.0
-
-
-def test_a_crash_in_the_exchange_of_the_best_brings_the_older_one_back(tmp_path: Path) -> None:
-    best, aside = tmp_path / "best", tmp_path / ".best.old"
-    aside.mkdir()
-    (aside / "old").touch()
-    put_back(best)
-    assert (best / "old").is_file()
-    assert not aside.exists()
-    put_back(best)
-    aside.mkdir()
-    put_back(best)
-    assert (best / "old").is_file()
 
 
 def test_ranks_agree_on_the_loss_and_the_best(base: Path, tmp_path: Path) -> None:

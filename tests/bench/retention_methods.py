@@ -14,13 +14,8 @@ from retention_report import LORA_RANKS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osft_trainer.activations import (
-    Row,
-    block_importance,
-    input_groups,
-    least_used,
-    second_moments,
-)
+from osft_trainer.activations import Row, input_groups, least_used, second_moments
+from osft_trainer.importance import block_importance
 from osft_trainer.model import Decompose, convert
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, plan_targets

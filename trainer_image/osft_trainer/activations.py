@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osft_trainer.forward import packed_hidden
+from osft_trainer.forward import evaluating, packed_hidden
 from osft_trainer.parallel import World
-from osft_trainer.targets import Plan, Target, decoder_blocks
+from osft_trainer.targets import Plan, Target
 
 MOMENT_BYTES = 4 * 2**30
 """Most that second moments hold at one time, unless a single matrix needs more: a 14336-wide input
@@ -43,6 +43,8 @@ _ROUNDS = 4
 the smallest possible, 1.12 times on a flat one."""
 _SHIFT = 1e-13
 """Added to a moment, relative to its mean eigenvalue, so that it can be inverted in float64."""
+
+_NOT_FINITE = "an input holds NaN or infinity on the retention text; check the model's weights"
 
 _ROWS_AT_ONCE = 4096
 """Inputs turned into float64 together."""
@@ -161,9 +163,7 @@ def least_used(moment: Tensor, rank: int) -> Tensor:
         ValueError: if the moment holds NaN or infinity.
     """
     if not torch.isfinite(moment).all():
-        raise ValueError(
-            "an input holds NaN or infinity on the retention text; check the model's weights"
-        )
+        raise ValueError(_NOT_FINITE)
     if len(moment) <= EIGEN_WIDTH:
         free = torch.linalg.eigh(moment).eigenvectors[:, :rank].mT
     else:
@@ -204,6 +204,9 @@ def used_share(
 
     On text that the directions were not read off it says how much of the old an update can touch;
     `bases` are the groups' V_0.
+
+    Raises:
+        ValueError: if an input holds NaN or infinity.
     """
     sums = [torch.zeros(2, dtype=torch.float64, device=hf.device) for _ in groups]
 
@@ -222,60 +225,33 @@ def used_share(
         g.module: add(total, basis) for g, total, basis in zip(groups, sums, bases, strict=True)
     }
     _watch(hf, sinks, rows, until=groups[-1].module)
+    if not all(bool(torch.isfinite(each).all()) for each in sums):
+        raise ValueError(_NOT_FINITE)
     return [float(used / max(float(total), 1e-300)) for used, total in sums]
-
-
-@torch.no_grad()
-def block_importance(hf: PreTrainedModel, rows: Sequence[Row]) -> list[float]:
-    """How much each decoder block passes on of what it is given, 1 in the mean.
-
-    The mean over tokens of the cosine between a block's input and output, divided by the mean over
-    blocks (Nayak et al., 2025, section 3.3).
-
-    Raises:
-        ValueError: if the blocks turn their inputs around so that the mean is not above zero.
-    """
-    _, blocks = decoder_blocks(hf)
-    sums = torch.zeros(len(blocks), dtype=torch.float64, device=hf.device)
-    tokens = 0
-
-    def add(number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            out = output[0] if isinstance(output, tuple) else output
-            before, after = (x.flatten(0, -2).double() for x in (inputs[0], out))
-            sums[number] += torch.cosine_similarity(before, after, dim=-1).sum()
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(_evaluating(hf))
-        for number, block in enumerate(blocks):
-            handle = block.register_forward_hook(add(number))
-            stack.callback(handle.remove)
-        for input_ids, position_ids in rows:
-            tokens += input_ids.numel()
-            packed_hidden(hf, input_ids.to(hf.device), position_ids.to(hf.device))
-    means = (sums / tokens).tolist()
-    mean = sum(means) / len(means)
-    if mean <= 0:
-        raise ValueError(
-            "rank_allocation: adaptive finds no block that passes its input on; use uniform"
-        )
-    return [one / mean for one in means]
 
 
 @contextmanager
 def on_device(hf: PreTrainedModel, world: World) -> Iterator[None]:
     """The whole model on this rank's device, to be run before it is sharded.
 
-    A model that does not fit there whole can only be split by its weights.
+    A model that does not fit there whole can only be split by its weights. Afterwards it holds the
+    very memory that it held: weights mapped from their files stay shared by the ranks of a node.
     """
-    before = hf.device
+    parameters = [
+        (module, name, parameter, parameter.data)
+        for module in hf.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    buffers = [(module, *held) for module in hf.modules() for held in module._buffers.items()]
     hf.to(world.device)
     try:
         yield
     finally:
-        hf.to(before)
+        for module, name, parameter, data in parameters:
+            module._parameters[name] = parameter
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 def _watch(
@@ -283,7 +259,7 @@ def _watch(
 ) -> None:
     """Run the decoder over the rows and hand the inputs of modules to their sinks."""
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(_evaluating(hf))
+        stack.enter_context(evaluating(hf))
         for path, sink in sinks.items():
             stack.enter_context(_listening(hf.get_submodule(path), sink, last=path == until))
         for input_ids, position_ids in rows:
@@ -305,14 +281,3 @@ def _listening(module: nn.Module, sink: _Sink, last: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(hf: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and without recomputation that would run a block's hooks twice."""
-    before = hf.training
-    hf.eval()
-    try:
-        yield
-    finally:
-        hf.train(before)

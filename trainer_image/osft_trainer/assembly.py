@@ -13,16 +13,15 @@ from dataclasses import asdict
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from osft_trainer import decomposition
-from osft_trainer.activations import block_importance, on_device
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.attention import use_variable_length
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
+from osft_trainer.importance import importance_of_run
 from osft_trainer.model import (
     OSFTModel,
     apply_liger,
@@ -34,7 +33,7 @@ from osft_trainer.model import (
 from osft_trainer.parallel import World, shard
 from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder, write_atomically
-from osft_trainer.retention import RetentionText, prepare_retention, rows
+from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.targets import Plan, plan_targets
 from osft_trainer.validation import split_off
 
@@ -103,7 +102,11 @@ def build_model(
     dtype = compute_dtype(training.compute_dtype, world.device)
     hf = load_model(training.model_path, dtype, training.trust_remote_code)
     text = prepare_retention(training, folder, world, hf, base_digest)
-    plan = plan_of(hf, training, _importance(training, hf, text, world))
+    importance = None
+    if training.rank_allocation == "adaptive":
+        assert text is not None, "adaptive ranks have a text"
+        importance = importance_of_run(hf, text, folder, base_digest, world)
+    plan = plan_of(hf, training, importance)
     if plan.trainable == 0:
         raise ValueError(
             f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
@@ -143,22 +146,6 @@ def plan_of(
         training.split_by,
         importance,
     )
-
-
-def _importance(
-    training: TrainingParameters, hf: PreTrainedModel, text: RetentionText | None, world: World
-) -> list[float] | None:
-    """Of each decoder block, from the first rank, so that all ranks plan alike."""
-    if training.rank_allocation == "uniform":
-        return None
-    assert text is not None, "adaptive ranks have a text"
-
-    def on_first_rank() -> str:
-        with on_device(hf, world):
-            return json.dumps(block_importance(hf, list(rows(text.read))))
-
-    found: list[float] = json.loads(from_first_rank(world, on_first_rank))
-    return found
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

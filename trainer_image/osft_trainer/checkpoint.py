@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from osft_trainer.agreement import any_rank, from_first_rank
+from osft_trainer.durable import sync
 from osft_trainer.parallel import World
-from osft_trainer.report import RunFolder
-from osft_trainer.shards import Trainables, open_shard, read_rows, sync
+from osft_trainer.report import COMPLETE, RunFolder
+from osft_trainer.shards import Trainables, open_shard, read_rows
 
 FORMAT = 1
 """Raised when the files change; a state of another format is not read."""
@@ -176,7 +177,7 @@ class Checkpoints:
 
 def mark_complete(folder: Path) -> str:
     """Write the marker that makes a folder count, durably; return the folder's path."""
-    marker = folder / "COMPLETE"
+    marker = folder / COMPLETE
     marker.touch()
     sync(marker)
     sync(folder)

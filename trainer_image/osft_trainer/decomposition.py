@@ -33,7 +33,9 @@ from osft_trainer.activations import (
     used_share,
 )
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
+from osft_trainer.durable import sync
 from osft_trainer.parallel import World
+from osft_trainer.report import COMPLETE, RunFolder
 from osft_trainer.retention import RetentionText, rows
 from osft_trainer.subspace import Split, needed_parts, split_weight
 from osft_trainer.targets import Plan, Target
@@ -104,8 +106,7 @@ def prepare(
         ValueError: on every rank, if a weight or an input holds NaN or infinity.
         OSError: on every rank, if one cannot write.
     """
-    text = retention.digest if retention is not None and plan.split_by == "activations" else ""
-    digest = _digest(model, plan, base_digest, text)
+    digest = digest_of(model, plan, base_digest, retention)
     found = Decompositions(cache / "decomposition" / digest, digest, plan)
     # The first rank looks, so that all share out the same list while files appear.
     missing = json.loads(from_first_rank(world, lambda: json.dumps(_missing(found))))
@@ -124,10 +125,29 @@ def prepare(
     return found
 
 
+def digest_of(
+    model: PreTrainedModel, plan: Plan, base_digest: str, retention: RetentionText | None
+) -> str:
+    """What decides the bases, as 32 hex digits; nothing is computed. Arguments as of `prepare`."""
+    content = {
+        "format": FORMAT_VERSION,
+        "base": base_digest,
+        "parameterization": plan.parameterization,
+        "targets": [
+            (t.parameter, t.shape, t.free_rank, str(model.get_parameter(t.parameter).dtype))
+            for t in plan.targets
+        ],
+    }
+    if plan.split_by == "activations":
+        assert retention is not None, "a split by activations has a text"
+        content |= {"split_by": plan.split_by, "text": retention.digest}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
 def stored(plan: Plan, cache: Path, digest: str) -> Decompositions | None:
     """The bases of this digest, if all of them lie in the cache; nothing is computed."""
     found = Decompositions(cache / "decomposition" / digest, digest, plan)
-    return found if (found.folder / "COMPLETE").is_file() else None
+    return found if RunFolder.is_complete(found.folder) else None
 
 
 def part_shapes(target: Target, plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -155,21 +175,6 @@ def shares_by_cost(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return shares
 
 
-def _digest(model: PreTrainedModel, plan: Plan, base_digest: str, text: str) -> str:
-    content = {
-        "format": FORMAT_VERSION,
-        "base": base_digest,
-        "parameterization": plan.parameterization,
-        "targets": [
-            (t.parameter, t.shape, t.free_rank, str(model.get_parameter(t.parameter).dtype))
-            for t in plan.targets
-        ],
-    }
-    if plan.split_by == "activations":
-        content |= {"split_by": plan.split_by, "text": text}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
 def _parts(target: Target, plan: Plan) -> frozenset[str]:
     height, width = target.shape[-2:]
     if plan.split_by == "activations":
@@ -191,7 +196,7 @@ def _cost(target: Target) -> float:
 
 def _missing(found: Decompositions) -> list[int]:
     """Numbers of the targets whose file is not there or cannot be read."""
-    if (found.folder / "COMPLETE").is_file():
+    if RunFolder.is_complete(found.folder):
         return []
     found.folder.mkdir(parents=True, exist_ok=True)
     return [
@@ -290,22 +295,14 @@ def _save(
 ) -> None:
     temporary = path.with_name(f".{path.name}.{world.rank}")
     save_file({name: part.cpu() for name, part in parts.items()}, temporary, metadata=facts)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
 
 
 def _mark_complete(folder: Path) -> str:
-    if (folder / "COMPLETE").is_file():
+    if RunFolder.is_complete(folder):
         return ""  # it may lie on a read-only file system by now
     folder.mkdir(parents=True, exist_ok=True)
-    _sync(folder)
-    (folder / "COMPLETE").touch()
+    sync(folder)
+    (folder / COMPLETE).touch()
     return ""
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

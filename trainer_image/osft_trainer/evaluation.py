@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from osft_trainer.forward import evaluating
 from osft_trainer.model import OSFTModel
+from osft_trainer.outcome import NoLossTokens
 from osft_trainer.packing import MicroBatch, collate, pack
 from osft_trainer.parallel import World, sum_over_ranks
 from osft_trainer.prepared import Samples
@@ -43,10 +45,15 @@ def mean_loss(
         Nats per token; NaN or infinity if the model gives that. The same number on every rank.
 
     Raises:
+        NoLossTokens: on every rank, if no token of the data counts.
         ValueError: on every rank, if a sample is longer than max_tokens_per_gpu.
     """
     loss_tokens = int(prepared.loss_counts.sum())
-    assert loss_tokens > 0, "prepared data holds no sample without a loss token"
+    if loss_tokens == 0:
+        raise NoLossTokens(
+            f"of the {len(prepared)} samples to measure the loss on no token counts: give samples "
+            "with labels that are not all -100"
+        )
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     with _without_trace(model, world), torch.no_grad():
         for micro in _micro_batches(prepared, max_tokens_per_gpu, world):
@@ -74,16 +81,12 @@ def _micro_batches(
 @contextmanager
 def _without_trace(model: nn.Module, world: World) -> Iterator[None]:
     """Evaluation mode inside, everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
+    with torch.random.fork_rng(devices=devices), evaluating(model):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for module, _ in modes:
+            for module in model.modules():
                 if isinstance(module, FSDPModule):
                     # The root keeps its parameters gathered for a backward that does not come.
                     module.reshard()

@@ -1,18 +1,17 @@
 """Writing a plain HF folder from a converted model.
 
 What lives here: dense weights under their original names, streamed into safetensors shards, the
-files of the base folder that belong to them, and `osft.json`. Called at the end of training, for
-exports on the way and by `osft export`. Must never: leave a half-written folder under the final
-name.
+files of the base folder that belong to them, and `osft.json`. Called by `outputs` and
+`export_checkpoint`. Must never: leave a half-written folder under the final name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from osft_trainer.agreement import raise_together
-from osft_trainer.checkpoint import Position
+from osft_trainer.agreement import from_first_rank
+from osft_trainer.durable import complete, put_in_place, work_folder
 from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
+from osft_trainer.report import finite
 from osft_trainer.targets import decoder_blocks
 
 OSFT_FILE = "osft.json"
@@ -47,11 +47,13 @@ def export_hf(
     extra: Mapping[str, object] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     digest: str | None = None,
+    token: str = "",
+    before_exchange: Callable[[], None] = lambda: None,
 ) -> None:
     """Write W + dW as a folder that plain transformers loads. Collective: call it on every rank.
 
-    The folder appears under its name only when it is complete and on disk; an older folder of that
-    name is replaced.
+    The folder appears under its name only when it is complete, its marker included, and on disk;
+    an older folder of that name is replaced.
 
     Args:
         model: the converted model.
@@ -59,60 +61,60 @@ def export_hf(
         out_dir: folder to write; its parent is created.
         world: this process's place; rank 0 writes.
         save_dtype: of all floating-point weights; None takes the base configuration's.
-        extra: more entries for osft.json.
+        extra: more entries for osft.json; a number that is none is left out.
         max_shard_bytes: size at which a new weight file is begun.
         digest: `base_digest` of the base folder where it is known; None reads the folder for it.
+        token: keeps what is half written apart from what another process writes there.
+        before_exchange: called on rank 0 when all is on disk and the older folder still stands.
 
     Raises:
         OSError: on every rank, if rank 0 cannot write.
+        ValueError, Superseded: on every rank, where `before_exchange` raised it.
     """
     base, out = Path(base_path), Path(out_dir)
     dtype = save_dtype or base_dtype(base)
     leaks = {"leak": model.leak(), "leak_exported": model.leak(dtype)}
+    work = work_folder(out, token)
+    writer = _ShardWriter(work, max_shard_bytes) if world.rank == 0 else None
     failure: OSError | None = None
-    temporary = out.with_name(f".{out.name}.writing")
-    writer: _ShardWriter | None = None
-    if world.rank == 0:
-        try:
-            writer = _ShardWriter(_fresh(temporary), max_shard_bytes)
-        except OSError as error:
-            failure = error
     # Every rank gathers even after a failure of rank 0: it must not leave the others waiting.
     for name, tensor in dense_weights(model, dtype, keep=world.rank == 0):
         if writer is not None and failure is None:
             try:
-                writer.add(name, tensor)
-            except (OSError, SafetensorError) as error:
-                failure = OSError(f"{out}: {error}")
-    if writer is not None and failure is None:
-        try:
+                with _as_os_error(out):
+                    writer.add(name, tensor)
+            except OSError as error:
+                failure = error
+
+    def finish() -> str:
+        assert writer is not None, "called on rank 0"
+        if failure is not None:
+            raise failure
+        with _as_os_error(out):
             writer.close()
-            _copy_base_files(base, temporary, save_dtype)
-            facts = {"base_digest": digest or base_digest(base), **(extra or {})}
-            _write_json(temporary / OSFT_FILE, _description(model, dtype) | leaks | facts)
-            _put_in_place(temporary, out)
-        except (OSError, SafetensorError) as error:
-            failure = OSError(f"{out}: {error}")
-    raise_together(failure, world, f"{out}: rank 0 could not write the export")
+            _copy_base_files(base, work, save_dtype)
+            facts = {**leaks, "base_digest": digest or base_digest(base), **(extra or {})}
+            _write_json(work / OSFT_FILE, _description(model, dtype) | finite(facts))
+            complete(work)
+            before_exchange()
+            put_in_place(work, out)
+        return ""
+
+    try:
+        from_first_rank(world, finish)
+    finally:
+        if world.rank == 0:
+            # After a failure: another try needs the room.
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def run_facts(run_id: str, fingerprint: str, position: Position) -> dict[str, object]:
-    """What osft.json says of the run that the model comes from."""
-    return {
-        "run_id": run_id,
-        "fingerprint": fingerprint,
-        "steps": position.step,
-        "loss": position.loss,
-        "loss_tokens": position.loss_tokens,
-    }
-
-
-def put_back(out: Path) -> str:
-    """Undo an exchange of folders that a crash has cut in two: the older one has its name again."""
-    old = _stepped_aside(out)
-    if old.exists() and not out.exists():
-        old.rename(out)
-    return str(out)
+@contextmanager
+def _as_os_error(out: Path) -> Iterator[None]:
+    """Failures of writing, by the name of the folder; safetensors raises an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out}: {error}") from error
 
 
 def dense_weights(
@@ -167,6 +169,7 @@ class _ShardWriter:
     """Collects tensors and writes a safetensors file whenever enough have come together."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Nothing is written before the first tensors."""
         self.folder = folder
         self.max_bytes = max_bytes
         self.pending: dict[str, Tensor] = {}
@@ -203,6 +206,8 @@ class _ShardWriter:
     def _write(self) -> None:
         if not self.pending:
             return
+        if not self.parts:
+            _make_empty(self.folder)
         self.parts.append(list(self.pending))
         path = self._part(len(self.parts))
         save_file(self.pending, path, metadata={"format": "pt"})
@@ -273,40 +278,11 @@ def _copy_base_files(base: Path, folder: Path, save_dtype: torch.dtype | None) -
         _write_json(folder / "config.json", config)
 
 
-def _fresh(folder: Path) -> Path:
-    """An empty folder of that name; remains of an interrupted export are removed."""
+def _make_empty(folder: Path) -> None:
+    """A new folder; remains of an interrupted export go."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    return folder
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Make everything durable, then rename; an older folder steps aside first."""
-    for path in [*sorted(temporary.iterdir()), temporary]:
-        _sync(path)
-    old = _stepped_aside(out)
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    temporary.rename(out)
-    _sync(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _stepped_aside(out: Path) -> Path:
-    """Where the older folder of that name is during the exchange."""
-    return out.with_name(f".{out.name}.old")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from osft_trainer.assembly import compute_dtype, plan_of
 from osft_trainer.base_model import local_folder
-from osft_trainer.checkpoint import FORMAT, Position, mark_complete, read_meta
+from osft_trainer.checkpoint import FORMAT, Position, read_meta
 from osft_trainer.config import TrainingParameters
-from osft_trainer.decomposition import Decompositions, prepare, stored
-from osft_trainer.export import OSFT_FILE, base_digest, export_hf, run_facts
+from osft_trainer.decomposition import Decompositions, digest_of, prepare, stored
+from osft_trainer.export import base_digest, export_hf
 from osft_trainer.model import convert, load_model
+from osft_trainer.outputs import facts_of
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
 from osft_trainer.retention import prepare_retention
@@ -55,7 +56,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: a folder `<run>/checkpoints/step-N`.
-        out: folder to write; it must not exist, unless as the rest of an interrupted export.
+        out: folder to write; there must be nothing of that name but an empty folder.
         model_path: where the base model lies now, if not where the run found it.
         save_dtype: of the weights; None takes the run's.
 
@@ -64,6 +65,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: no complete and intact state, another base model, or `out` is taken.
+        OSError: `out` cannot be written; nothing is left there.
     """
     saved = _intact(checkpoint)
     record = _record(checkpoint, saved)
@@ -95,10 +97,9 @@ def export_checkpoint(
         out,
         world,
         None if name is None else getattr(torch, name),
-        run_facts(record.run_id, record.fingerprint, position),
+        facts_of(position, record.run_id, record.fingerprint),
         digest=digest,
     )
-    mark_complete(out)
     return position
 
 
@@ -112,22 +113,33 @@ def _bases(
 ) -> Decompositions:
     """The run's bases from its cache, or made again where that is gone."""
     found = stored(plan, folder.cache, digest)
-    if found is None:
-        world = World(0, 0, 1, torch.device("cpu"))
-        split_by_text = plan.split_by == "activations"
-        text = (
-            prepare_retention(training, folder, world, hf, model_digest) if split_by_text else None
-        )
-        found = prepare(
-            hf, plan, cache=folder.cache, base_digest=model_digest, world=world, retention=text
-        )
-    if found.digest != digest:
+    if found is not None:
+        return found
+    cure = (
+        "give the state its run's cache folder, or export it with the version of the trainer that "
+        "wrote it"
+    )
+    world = World(0, 0, 1, torch.device("cpu"))
+    text = None
+    if plan.split_by == "activations":
+        try:
+            # Without the model: what it writes here and now would be another text.
+            text = prepare_retention(training, folder, world, None, model_digest)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder.cache} lacks the bases that the state was trained with ({digest}), and "
+                f"the text that they were read off cannot be had ({error}): {cure}"
+            ) from error
+    # Before hours of work: another text, or another version, gives other bases.
+    again = digest_of(hf, plan, model_digest, text)
+    if again != digest:
         raise ValueError(
             f"{folder.cache} lacks the bases that the state was trained with ({digest}), and made "
-            f"again they are others ({found.digest}): give the state its run's cache folder, or "
-            "export it with the version of the trainer that wrote it"
+            f"again they would be others ({again}): {cure}"
         )
-    return found
+    return prepare(
+        hf, plan, cache=folder.cache, base_digest=model_digest, world=world, retention=text
+    )
 
 
 def _intact(checkpoint: Path) -> dict[str, Any]:
@@ -168,6 +180,5 @@ def _record(checkpoint: Path, saved: dict[str, Any]) -> RunRecord:
 
 
 def _check_free(out: Path) -> None:
-    interrupted = (out / OSFT_FILE).is_file() and not RunFolder.is_complete(out)
-    if out.exists() and not interrupted and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: give a new folder")

@@ -1,8 +1,9 @@
 """From a row of packed samples to logits or to a sum of token losses.
 
-What lives here: how samples packed into one row are kept apart (attention, positions, labels), and
-the loss without full float32 logits. Called by `model.OSFTModel` and by evaluation. Must never:
-average (the caller divides by the global token count), or know about optimizers.
+What lives here: how samples packed into one row are kept apart (attention, positions, labels), the
+loss without full float32 logits, and evaluation mode for a while. Called by `model.OSFTModel` and
+by what only measures. Must never: average (the caller divides by the global token count), or know
+about optimizers.
 
 A packed row is input_ids, position_ids and labels of shape [1, T]; position_ids restart at 0 where
 a sample begins. For the families in `PACKED_FAMILIES` (each one tested) the attention takes the
@@ -16,7 +17,8 @@ weights to fit a router that does not move.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -55,6 +57,21 @@ class Head:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and recomputation inside; afterwards every module is in its own mode again.
+
+    Recomputation would run a block's hooks twice.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:

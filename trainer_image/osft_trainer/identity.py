@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from osft_trainer.config import RunParameters, TrainingParameters
+from osft_trainer.durable import put_back, remove_unfinished
 from osft_trainer.outcome import Superseded
 from osft_trainer.report import (
     MAX_DOCUMENT_BYTES,
@@ -174,6 +175,9 @@ def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
         # Nobody would read it; what differs can then not be named, all else still works.
         text = record.model_copy(update={"parts": {}}).to_json()
     write_atomically(folder.owner, text)
+    _put_back(folder)
+    for parent, name in _exchanged(folder):
+        remove_unfinished(parent, name)
     model = str(prints.parts["model"])
     return Claim(run_id, run.attempt, prints.digest, _state(folder), token, model)
 
@@ -314,6 +318,7 @@ _MOVING = "MOVING"
 
 def _set_aside(folder: RunFolder) -> None:
     """Move the old run to the next `previous-<n>/`; a crash at any point loses nothing."""
+    _put_back(folder)
     number = 1
     while folder.previous(number).exists():
         number += 1
@@ -321,6 +326,17 @@ def _set_aside(folder: RunFolder) -> None:
     target.mkdir()
     write_atomically(target / _MOVING, "")
     _move(folder, target)
+
+
+def _put_back(folder: RunFolder) -> None:
+    """Make good what a crash has left half exchanged."""
+    for parent, name in _exchanged(folder):
+        put_back(parent, name)
+
+
+def _exchanged(folder: RunFolder) -> list[tuple[Path, str]]:
+    """Where model folders lie that a later one may replace: parent and name, or pattern."""
+    return [(folder.root, folder.final.name), (folder.best_export.parent, "*")]
 
 
 def _finish_setting_aside(folder: RunFolder) -> None:

@@ -113,10 +113,13 @@ class Loop:
             self.saver.is_due_now(position.step),
         ]
         stop, writing, failed, is_due = any_rank_of_each(mine, self.world)
+        if stop:
+            # The last state is tried also where the one in flight has failed.
+            return True
         self.saver.advance(writing, failed)
-        if is_due and not stop:
+        if is_due:
             self._begin_saving(position)
-        return stop
+        return False
 
     def _batches(self, position: Position) -> Iterator[GlobalBatch]:
         found = batches(

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.checkpoint import Position, mark_complete
+from osft_trainer.checkpoint import Position
 from osft_trainer.config import TrainingParameters
-from osft_trainer.export import OSFT_FILE, export_hf, put_back, run_facts
+from osft_trainer.export import OSFT_FILE, export_hf
 from osft_trainer.identity import Claim, check_owner
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
@@ -54,10 +54,6 @@ class Outputs:
         """
         self._export(model, self.folder.best_export, position)
 
-    def mend(self) -> None:
-        """Make good what a crash has left half exchanged. Collective."""
-        from_first_rank(self.world, lambda: put_back(self.folder.best_export))
-
     def facts_of_final(self) -> dict[str, Any]:
         """What final/ says about itself in osft.json, given to every rank."""
         path = self.folder.final / OSFT_FILE
@@ -65,25 +61,32 @@ class Outputs:
         facts: dict[str, Any] = json.loads(text)
         return facts
 
+    def facts(self, position: Position, retention: Retention | None) -> dict[str, object]:
+        """What a model folder of this run says of the run."""
+        return facts_of(position, self.claim.run_id, self.claim.fingerprint, retention)
+
     def _export(
         self, model: OSFTModel, out: Path, position: Position, retention: Retention | None = None
     ) -> None:
         training = self.training
         from_first_rank(self.world, self._checked_owner)
-        facts = {
-            **run_facts(self.claim.run_id, self.claim.fingerprint, position),
-            **facts_of(position, retention),
-        }
-        export_hf(
-            model,
-            training.model_path,
-            out,
-            self.world,
-            None if training.save_dtype is None else getattr(torch, training.save_dtype),
-            facts,
-            digest=self.claim.base_digest,
-        )
-        from_first_rank(self.world, lambda: mark_complete(out))
+        try:
+            export_hf(
+                model,
+                training.model_path,
+                out,
+                self.world,
+                None if training.save_dtype is None else getattr(torch, training.save_dtype),
+                self.facts(position, retention),
+                digest=self.claim.base_digest,
+                token=self.claim.token,
+                # Again: the writing may take minutes, in which the folder may become another's.
+                before_exchange=lambda: check_owner(self.folder, self.claim),
+            )
+        except OSError:
+            # The next owner removes what it finds half written, so it may be its doing.
+            from_first_rank(self.world, self._checked_owner)
+            raise
         if self.world.rank == 0:
             logger.info("wrote the model after step %d to %s", position.step, out)
 
@@ -92,9 +95,16 @@ class Outputs:
         return ""
 
 
-def facts_of(position: Position, retention: Retention | None) -> dict[str, object]:
-    """What was measured beside the training; what was not is left out."""
+def facts_of(
+    position: Position, run_id: str, fingerprint: str, retention: Retention | None = None
+) -> dict[str, object]:
+    """What osft.json says of the run that a model comes from; what was not measured is left out."""
     found: dict[str, object] = {
+        "run_id": run_id,
+        "fingerprint": fingerprint,
+        "steps": position.step,
+        "loss": position.loss,
+        "loss_tokens": position.loss_tokens,
         "validation_loss": position.validation_loss,
         "best_validation_loss": position.best_validation_loss,
     }

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
@@ -29,6 +31,8 @@ POD_IP_ENV = "OSFT_POD_IP"
 """Environment variable with the address to serve /progress on; absent: loopback only."""
 METRICS_PORT = 28080
 """Port of /progress and /metrics in rendered pods, named `metrics`."""
+COMPLETE = "COMPLETE"
+"""File, written last, of a folder that counts."""
 
 
 class ExitCode(enum.IntEnum):
@@ -207,7 +211,7 @@ class RunFolder:
     @staticmethod
     def is_complete(folder: Path) -> bool:
         """Whether a saved folder was written to its end."""
-        return (folder / "COMPLETE").is_file()
+        return (folder / COMPLETE).is_file()
 
     @staticmethod
     def step_of(folder: Path) -> int | None:
@@ -274,6 +278,11 @@ class RunFolder:
     def previous(self, number: int) -> Path:
         """Where an earlier run is moved to."""
         return self.root / f"previous-{number}"
+
+
+def finite(facts: Mapping[str, object]) -> dict[str, object]:
+    """The same without NaN and infinity, for which JSON has no word."""
+    return {k: v for k, v in facts.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -21,19 +21,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft_trainer.activations import Row, on_device
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.config import TrainingParameters
-from osft_trainer.data import open_prepared, prepare
+from osft_trainer.data import CHAT, form_of, open_prepared, prepare
+from osft_trainer.durable import sync
 from osft_trainer.model import load_tokenizer
 from osft_trainer.packing import collate, epoch_order
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedPart
 from osft_trainer.report import RunFolder
-from osft_trainer.self_sampling import sample_conversations
-from osft_trainer.shards import sync
+from osft_trainer.self_sampling import Sample, sample_conversations, sample_documents
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def prepare_retention(
     training: TrainingParameters,
     folder: RunFolder,
     world: World,
-    hf: PreTrainedModel,
+    hf: PreTrainedModel | None,
     base_digest: str,
 ) -> RetentionText | None:
     """Prepare the text that `retention_data_path` names, or that the model writes. Collective.
@@ -74,7 +74,8 @@ def prepare_retention(
         training: the run's parameters.
         folder: its cache takes the prepared text.
         world: this process's place.
-        hf: the loaded model, before it is converted; asked only where no path is given.
+        hf: the loaded model, before it is converted; asked only where no path is given. None: what
+            it wrote must lie in the cache.
         base_digest: digest of its content; another model's text is not taken for its own.
 
     Raises:
@@ -86,19 +87,19 @@ def prepare_retention(
 
     def on_first_rank() -> str:
         tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
-        path = training.retention_data_path or str(
-            _sampled(training, folder, world, hf, base_digest)
-        )
         try:
+            path = training.retention_data_path
             prepared = prepare(
-                path,
+                path or _sampled(training, folder, world, hf, tokenizer, base_digest),
                 tokenizer,
                 max_seq_len=training.max_seq_len,
                 on_overlong="truncate",
                 cache_root=folder.cache,
+                on_bad_sample=training.on_bad_sample if path else "error",
+                form=form_of(training) if path or training.is_pretraining else CHAT,
             )
         except ValueError as error:
-            told = str(error)
+            told = str(error).removeprefix("retention_data_path: ")
             about = "retention_" if told.startswith("data_path") else "retention_data_path: "
             raise ValueError(about + told) from error
         return str(prepared.folder)
@@ -151,36 +152,43 @@ def _sampled(
     training: TrainingParameters,
     folder: RunFolder,
     world: World,
-    hf: PreTrainedModel,
+    hf: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
     base_digest: str,
 ) -> Path:
-    """The file of conversations that the model has with itself; written once a run folder."""
-    drawn = [base_digest, training.seed, training.retention_tokens, training.max_seq_len]
+    """The file of what the model writes by itself; written once a run folder."""
+    tokens, length, seed = training.retention_tokens, training.max_seq_len, training.seed
+    drawn = [base_digest, seed, tokens, length]
+    column = training.document_column_name or "text"
+    if training.is_pretraining:
+        drawn.append(column)
     key = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
     path = folder.cache / "retention" / f"sampled-{key}.jsonl"
     if path.is_file():
         return path
-    logger.info("no retention_data_path: the model writes %d tokens", training.retention_tokens)
-    tokenizer = load_tokenizer(training.model_path, training.trust_remote_code)
+    if hf is None:
+        raise ValueError(f"what the model wrote for the run is gone: {path} is needed")
+    logger.info("no retention_data_path: the model writes %d tokens", tokens)
     with on_device(hf, world):
-        conversations = sample_conversations(
-            hf,
-            tokenizer,
-            tokens=training.retention_tokens,
-            max_seq_len=training.max_seq_len,
-            seed=training.seed,
-        )
+        if training.is_pretraining:
+            samples = sample_documents(
+                hf, tokenizer, column=column, tokens=tokens, max_seq_len=length, seed=seed
+            )
+        else:
+            samples = sample_conversations(
+                hf, tokenizer, tokens=tokens, max_seq_len=length, seed=seed
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, conversations)
+    _write(path, samples)
     return path
 
 
-def _write(path: Path, conversations: Sequence[dict[str, object]]) -> None:
+def _write(path: Path, samples: Sequence[Sample]) -> None:
     """At once and durably: a restart must read the same text, whole."""
     temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("w", encoding="utf-8") as file:
-        for conversation in conversations:
-            file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.config import TrainingParameters
 from osft_trainer.outcome import Superseded
 from osft_trainer.shards import HostCopy, Rows, write_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,11 +89,14 @@ class Saver:
         return every is not None and step % every == 0
 
     def is_due_now(self, step: int) -> bool:
-        """Whether it is time. Clocks differ: only the first rank says so, for all."""
+        """Whether it is time. Clocks differ: only the first rank says so, for all.
+
+        Not while a save is in flight: a disk that is slower than the clock shall not hold up steps.
+        """
         minutes = self._training.checkpoint_every_minutes
-        if minutes is None or step == self._saved_step or self._world.rank != 0:
+        if minutes is None or self._world.rank != 0 or self._flight is not None:
             return False
-        return self._clock() - self._saved_at >= 60 * minutes
+        return step != self._saved_step and self._clock() - self._saved_at >= 60 * minutes
 
     @property
     def is_writing(self) -> bool:
@@ -116,7 +122,6 @@ class Saver:
         copied = self._host_copy.take(state.trainables, state.optimizer)
         written = self._thread.submit(_write, work, self._world.rank, copied)
         self._flight = _Flight(position, work, state.decomposition, written)
-        self._saved_step = position.step
         self._saved_at = self._clock()
 
     def advance(self, writing: bool, failed: bool) -> None:
@@ -162,13 +167,25 @@ class Saver:
                 # No rank writes there any more, and on a full disk a restart needs the room.
                 shutil.rmtree(flight.work, ignore_errors=True)
             raise
+        self._saved_step = flight.position.step
         self._on_saved(flight.position, Path(path))
 
     def finish_with(self, state: State, position: Position) -> None:
-        """Save this state unless it is saved, and wait until it is complete. Collective."""
+        """Save this state unless it is saved, and wait until it is complete. Collective.
+
+        It is the last one, so it is tried whatever became of the one before.
+
+        Raises:
+            OSError, Superseded: on every rank; see `finish`.
+        """
+        try:
+            self.finish()
+        except OSError as error:
+            if self._world.rank == 0:
+                logger.warning("the newest state is tried after a failure: %s", error)
         if position.step > self._saved_step:
             self.begin(state, position)
-        self.finish()
+            self.finish()
 
     @contextlib.contextmanager
     def _telling_the_owner(self) -> Iterator[None]:

@@ -2,26 +2,34 @@
 
 Lives here: sampling conversations by the model's own chat template: the model is given the
 beginning of a user's turn, writes the question, then answers it (as Xu et al., 2024, do to collect
-instructions). Called by `retention` where the user has no text of the old skills. Must never:
-change the model or the process's random numbers.
+instructions); and sampling documents, from their first token. Called by `retention` where the user
+has no text of the old skills. Must never: change the model or the process's random numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osft_trainer.forward import evaluating
+
 AT_ONCE = 64
-"""Conversations sampled together."""
+"""Most samples that are written together."""
+CACHE_BYTES = 4 * 2**30
+"""Most that keys and values hold while they are written, unless a single sample needs more. Fixed,
+so that a seed gives the same text whatever else lies on the device."""
 _MARK = "OSFTMARK"
 """Stands for a user's words in a rendered template; what is before it begins a user's turn."""
 _MOST_ROUNDS_WITHOUT_TEXT = 3
 
-Conversation = dict[str, object]
+Sample = dict[str, object]
+"""A row of data."""
+_Round = Callable[[int], list[tuple[Sample, int]]]
+"""Writes about so many samples; gives each with its number of tokens."""
 
 
 def sample_conversations(
@@ -31,7 +39,7 @@ def sample_conversations(
     tokens: int,
     max_seq_len: int,
     seed: int,
-) -> list[Conversation]:
+) -> list[Sample]:
     """Conversations of one question and one answer, at temperature 1, until there is enough.
 
     Args:
@@ -45,29 +53,80 @@ def sample_conversations(
         ValueError: if the model writes nothing that the template can show.
     """
     begin = _prefix(tokenizer)
-    found: list[Conversation] = []
+
+    def converse(count: int) -> list[tuple[Sample, int]]:
+        questions = _continue(hf, tokenizer, [begin] * count, max_seq_len // 2)
+        chats = [[{"role": "user", "content": q}] for q in questions if q.strip()]
+        answers = _answers(hf, tokenizer, chats, max_seq_len)
+        found: list[tuple[Sample, int]] = []
+        for chat, answer in zip(chats, answers, strict=True):
+            if answer.strip():
+                chat.append({"role": "assistant", "content": answer})
+                text = tokenizer.apply_chat_template(chat, tokenize=False)
+                found.append(({"messages": chat}, len(_ids(tokenizer, text))))
+        return found
+
+    return _until_enough(hf, converse, tokens, max_seq_len, seed)
+
+
+def sample_documents(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column: str,
+    tokens: int,
+    max_seq_len: int,
+    seed: int,
+) -> list[Sample]:
+    """Documents from their first word on, as `sample_conversations`; the text is in `column`."""
+
+    def write(count: int) -> list[tuple[Sample, int]]:
+        texts = _continue(hf, tokenizer, [""] * count, max_seq_len)
+        return [({column: text}, len(_ids(tokenizer, text))) for text in texts if text.strip()]
+
+    return _until_enough(hf, write, tokens, max_seq_len, seed)
+
+
+def samples_at_once(hf: PreTrainedModel, length: int) -> int:
+    """How many sequences of so many tokens may be written together, by their keys and values."""
+    config = hf.config.get_text_config()
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    layers: int = config.num_hidden_layers
+    a_token = 2 * layers * heads * width * hf.dtype.itemsize
+    fitting: int = CACHE_BYTES // (a_token * length)
+    return max(1, min(AT_ONCE, fitting))
+
+
+def _until_enough(
+    hf: PreTrainedModel, write: _Round, tokens: int, max_seq_len: int, seed: int
+) -> list[Sample]:
+    found: list[Sample] = []
     written, empty = 0, 0
+    at_once = samples_at_once(hf, max_seq_len)
     with _undisturbed(hf, seed):
         while written < tokens:
-            questions = _continue(hf, tokenizer, [begin] * AT_ONCE, max_seq_len // 2)
-            chats = [[{"role": "user", "content": q}] for q in questions if q.strip()]
-            answers = _answers(hf, tokenizer, chats, max_seq_len)
-            pairs = [(c, a) for c, a in zip(chats, answers, strict=True) if a.strip()]
-            for chat, answer in pairs:
-                chat.append({"role": "assistant", "content": answer})
-                found.append({"messages": chat})
-                written += len(_ids(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False)))
+            pairs = write(at_once)
+            found += [sample for sample, _ in pairs]
+            written += sum(length for _, length in pairs)
             empty = 0 if pairs else empty + 1
             if empty >= _MOST_ROUNDS_WITHOUT_TEXT:
                 raise ValueError(
-                    "retention_data_path: the model writes no conversation by itself to take "
-                    "instead; give a file with text of the old skills"
+                    "retention_data_path: the model writes nothing by itself to take instead; give "
+                    "a file with text of the old skills"
                 )
     return found
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a conversation begins with, up to the user's first word."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "retention_data_path: the tokenizer has no chat template, so the model cannot be asked "
+            "for conversations; give a file with text of the old skills"
+        )
     chat = [{"role": "user", "content": _MARK}]
     text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
     before, mark, _ = text.partition(_MARK)
@@ -141,12 +200,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @contextmanager
 def _undisturbed(hf: PreTrainedModel, seed: int) -> Iterator[None]:
     """Evaluation mode and random numbers of our own; both as before afterwards."""
-    before = hf.training
-    hf.eval()
     devices = [hf.device] if hf.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(hf):
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            hf.train(before)
+        yield

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from osft_trainer.durable import sync
 
 Trainables = Mapping[str, nn.Parameter]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -221,15 +222,6 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
     stop = min(start + chunk, count)
     assert stop - start == _local(parameter).shape[0], "rows are sharded by torch.chunk's rule"
     return start, stop
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(shards: list[Shard], key: str, name: str, target: Tensor) -> None:

@@ -9,6 +9,7 @@ carry much of what a model can do, and no spectrum shows it.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -82,9 +83,13 @@ class Spectrum:
 
     def to_json(self) -> str:
         """One JSON object."""
-        return json.dumps(
-            {**asdict(self), "recommended": self.recommended, "advice": self.advice()}, indent=1
-        )
+        found = {**asdict(self), "recommended": self.recommended, "advice": self.advice()}
+        if self.zeroed_loss is not None:
+            # Zeroing may ruin a model altogether; JSON has no word for NaN or infinity.
+            found["zeroed_loss"] = [x if math.isfinite(x) else None for x in self.zeroed_loss]
+        if self.loss is not None and not math.isfinite(self.loss):
+            found["loss"] = None
+        return json.dumps(found, indent=1, allow_nan=False)
 
     def to_text(self) -> str:
         """Tables for people."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +32,12 @@ from osft_trainer.loop import Loop
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.outcome import Preempted, TrainResult
-from osft_trainer.outputs import Outputs, facts_of
+from osft_trainer.outputs import Outputs
 from osft_trainer.packing import batches_per_epoch
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
-from osft_trainer.report import Metric, Retention, RunFolder, metric_lines
+from osft_trainer.report import Metric, Retention, RunFolder, finite, metric_lines
 from osft_trainer.retention import RetentionText
 from osft_trainer.saving import Saver
 from osft_trainer.schedule import learning_rates, total_steps
@@ -155,7 +156,10 @@ class _Run:
     def retention_loss(
         self, model: OSFTModel, text: RetentionText | None, before: Retention | None = None
     ) -> Retention | None:
-        """Loss on the text of the old skills; of the base model where none is known before."""
+        """Loss on the text of the old skills; of the base model where none is known before.
+
+        A loss that is no finite number is left out.
+        """
         if text is None:
             return None
         loss = mean_loss(
@@ -164,11 +168,16 @@ class _Run:
             max_tokens_per_gpu=self.training.max_tokens_per_gpu,
             world=self.world,
         )
+        if not math.isfinite(loss):
+            # The training goes by its own losses; this one only tells.
+            if self.world.rank == 0:
+                logger.warning("the loss on retention text is %s and is left out", loss)
+            return before
         if before is None:
             found = Retention(loss_before=loss)
             self.say("loss on retention text: %.4f before the training", loss)
         else:
-            found = before.model_copy(update={"loss_after": loss})
+            found = Retention(loss_before=before.loss_before, loss_after=loss)
             self.say("loss on retention text: %.4f before, %.4f after", before.loss_before, loss)
         self.reporter.update(retention=found)
         return found
@@ -242,7 +251,6 @@ class _Run:
     ) -> Position:
         """Load the newest state, if there is one."""
         position = checkpoints.load(state)
-        self.outputs.mend()
         position, is_new = position or Position(), position is None
         position = for_data(position, validation)
         if is_new:
@@ -288,10 +296,11 @@ class _Run:
         """Write the model of a run that reached its end; a run without end is whole at any stop."""
         endless = self.training.training_mode == "infinite"
         final = None
+        is_whole = not stopped or (endless and end.step > 0)
         retention = before
-        if not stopped or (endless and end.step > 0):
+        if is_whole and before is not None:
             retention = self.retention_loss(model, text, before)
-        if (not stopped or (endless and end.step > 0)) and self.training.save_final_checkpoint:
+        if is_whole and self.training.save_final_checkpoint:
             self.reporter.update(phase="Saving")
             final = self.outputs.write_final(model, end, retention)
         if stopped:
@@ -300,7 +309,7 @@ class _Run:
                 + ("the state is saved and the run can go on" if end.step else "nothing was done")
             )
         if final is None:
-            facts = {"leak": model.leak(), **facts_of(end, retention)}
+            facts = finite({"leak": model.leak(), **self.outputs.facts(end, retention)})
         else:
             facts = self.outputs.facts_of_final()
         self.reporter.update(phase="Done", final=None if final is None else str(final))

@@ -122,7 +122,10 @@ class Validation:
         )
         best = position.best_validation_loss
         if not math.isfinite(loss):
-            self._say(position.step, loss, best)
+            self.reporter.measured(validationLoss=None)
+            if self.world.rank == 0:
+                told = "the validation loss after step %d is %s and is left out"
+                logger.warning(told, position.step, loss)
             return replace(position, validation_loss=None)
         threshold = self.training.val_loss_improvement_threshold
         is_best = best is None or loss < best - threshold

@@ -1,0 +1,108 @@
+"""Text that a model writes itself: how much at once, of which form, and what cannot be had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from osft_trainer import self_sampling
+from osft_trainer.config import TrainingParameters
+from osft_trainer.model import load_model, load_tokenizer
+from osft_trainer.report import RunFolder
+from osft_trainer.self_sampling import sample_conversations, samples_at_once
+from tiny_models import FAMILIES, tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.data_file(folder / "data.jsonl")
+    return tiny.model_folder(folder / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_keys_and_values_of_all_samples_stay_in_their_bound(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against what the model really holds after a pass."""
+    # A window shorter than the text holds less; here none is.
+    wide = {"sliding_window": 64} if "sliding_window" in FAMILIES[family][1] else {}
+    model, length = tiny_model(family, **wide), 4
+    cache = model(torch.ones(1, length, dtype=torch.int64), use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    monkeypatch.setattr(self_sampling, "CACHE_BYTES", 10 * held)
+    assert samples_at_once(model, length) == 10
+    assert samples_at_once(model, 10 * length) == 1
+    assert samples_at_once(model, 100 * length) == 1, "one more than none"
+    assert samples_at_once(model.bfloat16(), length) == 20
+    monkeypatch.undo()
+    assert samples_at_once(model, length) == self_sampling.AT_ONCE
+
+
+def test_a_small_bound_gives_as_much_text(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
+    widest: list[int] = []
+    real = hf.generate
+
+    def generate(**told: Any) -> Any:
+        widest.append(len(told["input_ids"]))
+        return real(**told)
+
+    monkeypatch.setattr(hf, "generate", generate)
+    monkeypatch.setattr(self_sampling, "CACHE_BYTES", 3 * 40 * 2 * 2 * 2 * 8 * 4)
+    found = sample_conversations(hf, tokenizer, tokens=200, max_seq_len=40, seed=3)
+    assert max(widest) == 3
+    assert len(found) > 3
+
+
+def own_text(base: Path, out: Path, **changes: Any) -> TrainingParameters:
+    return tiny.training(
+        base, base.parent / "data.jsonl", out, num_epochs=1, split_by="activations",
+        retention_tokens=600, **changes,
+    )  # fmt: skip
+
+
+def without_template(base: Path, folder: Path) -> Path:
+    model = tiny.model_folder(folder)
+    (model / "chat_template.jinja").unlink()
+    assert load_tokenizer(model).chat_template is None
+    return model
+
+
+def test_a_tokenizer_without_a_template_is_refused_by_the_parameters_name(
+    base: Path, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 20
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = without_template(base, tmp_path / "model")
+    told = own_text(base, tmp_path / "out", use_processed_dataset=True)
+    told = told.model_copy(update={"model_path": str(model), "data_path": str(data)})
+    with pytest.raises(ValueError, match=r"^retention_data_path: the tokenizer has no chat templ"):
+        tiny.run(told)
+
+
+@pytest.mark.parametrize("column", [None, "story"])
+def test_a_run_on_documents_reads_documents_that_the_model_writes(
+    base: Path, tmp_path: Path, column: str | None
+) -> None:
+    """No chat template is needed for them."""
+    model = without_template(base, tmp_path / "model")
+    data = tmp_path / "documents.jsonl"
+    name = column or "document"
+    data.write_text("".join(json.dumps({name: f"once {n} " * 9}) + "\n" for n in range(30)))
+    told = own_text(
+        base, tmp_path / "out", is_pretraining=True, block_size=32, document_column_name=column
+    )
+    told = told.model_copy(update={"model_path": str(model), "data_path": str(data)})
+    result = tiny.run(told)
+    assert result.retention is not None
+    (path,) = (RunFolder(tmp_path / "out").cache / "retention").iterdir()
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(list(row) == [column or "text"] for row in written)

@@ -1,0 +1,75 @@
+"""Folders and files that a crash leaves whole, under their names or not at all.
+
+Lives here: forcing bytes to disk, and exchanging a folder for a new one. Called by whatever writes
+what must outlive a crash: `shards`, `checkpoint`, `export`, `decomposition`, `retention`; and by
+`identity`, which mends what an earlier attempt has left. Must never: import torch, or know what is
+in a folder.
+
+A folder `NAME` is written as `.NAME.TOKEN.writing`, its marker included, and only then gets its
+name; an older one is `.NAME.old` meanwhile. The token is that of the claim on the run's folder, so
+an attempt that has been overtaken writes into a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from osft_trainer.report import COMPLETE
+
+_WRITING = ".writing"
+_OLD = ".old"
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def work_folder(out: Path, token: str) -> Path:
+    """Where the content of `out` is written first."""
+    return out.with_name(f".{out.name}.{token or 'now'}{_WRITING}")
+
+
+def complete(folder: Path) -> None:
+    """Make a folder of files durable, marker and all, before it gets its name."""
+    (folder / COMPLETE).touch()
+    for path in [*sorted(folder.iterdir()), folder]:
+        sync(path)
+
+
+def put_in_place(work: Path, out: Path) -> None:
+    """Give a complete folder its name; an older one of that name goes."""
+    old = out.with_name(f".{out.name}{_OLD}")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    work.rename(out)
+    sync(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def put_back(parent: Path, name: str) -> None:
+    """Undo an exchange in `parent` that a crash has cut in two; the name may be a pattern.
+
+    The older folder has its name again, unless the new one came to it.
+    """
+    for old in parent.glob(f".{name}{_OLD}"):
+        out = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+
+
+def remove_unfinished(parent: Path, name: str) -> None:
+    """Remove what crashes have left half written; it may be as large as a model."""
+    for work in parent.glob(f".{name}.*{_WRITING}"):
+        shutil.rmtree(work)

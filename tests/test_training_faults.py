@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,10 @@ def wait_for_moment(processes: list[Any], metrics: Path, draw: random.Random) ->
 
 @pytest.mark.timeout(120 + 60 * KILLS)
 def test_random_ranks_are_killed_at_random_moments(
-    base: Path, tmp_path: Path, undisturbed: dict[int, dict[str, Any]]
+    base: Path,
+    tmp_path: Path,
+    undisturbed: dict[int, dict[str, Any]],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Until so many kills have hit, over as many runs as that takes."""
     seed = random.SystemRandom().randrange(2**32)
@@ -130,6 +133,8 @@ def test_random_ranks_are_killed_at_random_moments(
             assert codes == [0, 0] or -signal.SIGKILL in codes, (seed, kills, codes)
         assert results(told) == undisturbed[2], (seed, kills)
         assert not list(folder.checkpoints.glob(".*")), (seed, kills)
+    record_property("kills", kills)
+    record_property("runs", runs)
     print(f"{kills} kills in {runs} runs")
 
 

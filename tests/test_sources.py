@@ -1,6 +1,7 @@
 """Files and their rows: one content in every kind, faults by file and place, bounded memory."""
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pyarrow as arrow
 import pytest
 from pyarrow import ipc, parquet
 
+import tiny
 from osft_trainer import sources
+from osft_trainer.data import prepare
 from osft_trainer.faults import Faults
 from osft_trainer.sources import data_files, read_rows
 
@@ -48,7 +51,7 @@ def write_arrow_stream(path: Path, rows: list[dict[str, Any]]) -> None:
 KINDS: list[tuple[str, Callable[[Path, list[dict[str, Any]]], None], str]] = [
     ("d.jsonl", write_jsonl, "d.jsonl, line 3"),
     ("d.txt", write_jsonl, "d.txt, line 3"),
-    ("d.json", write_json, "d.json, element 3"),
+    ("d.json", write_json, "d.json, line 26 (element 3)"),
     ("lines.json", write_jsonl, "lines.json, line 3"),
     ("d.parquet", write_parquet, "d.parquet, row 3"),
     ("d.arrow", write_arrow, "d.arrow, row 3"),
@@ -68,6 +71,29 @@ def test_every_kind_gives_the_same_rows(
     assert faults.rows == len(ROWS)
 
 
+def write_saved(path: Path, rows: list[dict[str, Any]]) -> None:
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+
+
+SAVED = ("saved", write_saved, "data-00000-of-00001.arrow, row 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "third"), [*KINDS, SAVED], ids=[kind[0] for kind in [*KINDS, SAVED]]
+)
+def test_a_bad_row_of_every_kind_is_named_by_file_place_and_reason(
+    tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], third: str
+) -> None:
+    write(tmp_path / name, [*ROWS[:2], {"messages": ROWS[2]["messages"][:1]}, *ROWS[3:5]])
+    options: dict[str, Any] = {"max_seq_len": 64, "on_overlong": "error", "cache_root": tmp_path}
+    with pytest.raises(
+        ValueError, match=f"1 problem in the data:\n.*{re.escape(third)}: .*no assist"
+    ):
+        prepare(tmp_path / name, tiny.tokenizer(), **options)
+    rest = prepare(tmp_path / name, tiny.tokenizer(), on_bad_sample="skip", **options)
+    assert (rest.counts.samples, rest.counts.skipped_bad) == (4, 1)
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 7, 64])
 def test_an_array_is_read_in_pieces_of_any_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
@@ -76,18 +102,24 @@ def test_an_array_is_read_in_pieces_of_any_length(
     path = tmp_path / "d.json"
     path.write_text(f" {json.dumps(rows, indent=2)} \n")
     monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", pieces)
-    assert [row.value for row in read_rows([path], Faults())] == rows
+    read = list(read_rows([path], Faults()))
+    assert [row.value for row in read] == rows
+    lines = [2, 13, 14, 15, 16, 17, 18]
+    assert [row.place for row in read] == [
+        f"d.json, line {line} (element {number})" for number, line in enumerate(lines, start=1)
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1, 2, {'a': 1}, 4]", "after element 2: not JSON, .*Expecting property name"),
-        ("[1, 2", "after element 2: .*']' is missing"),
-        ("[1 2]", "after element 1: .*']' is missing"),
-        ("[1] 2", "after element 1: .*more text behind the array"),
-        ("[", "its beginning: not JSON, the rest of the file cannot be read"),
-        ("[" * 100_000, "its beginning: .*not JSON"),
+        ("[1, 2, {'a': 1}, 4]", r"line 1 \(after element 2\): not JSON, .*Expecting property name"),
+        ("[1,\n2,\r\n {\n'a': 1}, 4]", r"line 4 \(after element 2\): .*Expecting property name"),
+        ("[1, 2\n", r"line 2 \(after element 2\): .*']' is missing"),
+        ("[1 2]", r"line 1 \(after element 1\): .*']' is missing"),
+        ("[1]\n\n2", r"line 3 \(after element 1\): .*more text behind the array"),
+        ("[", r"line 1 \(its beginning\): not JSON, the rest of the file cannot be read"),
+        ("[" * 100_000, r"line 1 \(its beginning\): .*not JSON"),
     ],
 )
 @pytest.mark.parametrize("mode", ["error", "skip"])

@@ -145,18 +145,21 @@ def _json(file: Path, faults: Faults) -> Iterator[Row]:
         yield from _lines(file, faults)
         return
     with file.open(encoding="utf-8-sig", newline="") as text:
-        place = f"{file.name}, its beginning"
+        array, number = _Array(text), 0
         try:
-            for number, value in enumerate(_Array(text), start=1):
-                place = f"{file.name}, element {number}"
+            for number, value in enumerate(array, start=1):
                 faults.rows += 1
-                yield Row(place, value)
-                place = f"{file.name}, after element {number}"
+                yield Row(f"{file.name}, line {array.line} (element {number})", value)
         except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-            what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            what = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                what = error.msg
+                array.count_lines(error.pos)
+            where = f"after element {number}" if number else "its beginning"
             # Where the next element would begin cannot be told, so nothing can be skipped.
             raise ValueError(
-                f"data_path: {place}: not JSON, the rest of the file cannot be read: {what}"
+                f"data_path: {file.name}, line {array.line} ({where}): not JSON, the rest of the "
+                f"file cannot be read: {what}"
             ) from error
 
 
@@ -172,6 +175,9 @@ class _Array:
         self._stream = stream
         self._text = ""
         self._at = 0
+        self.line = 1
+        """Where the newest element begins."""
+        self._counted = 0
 
     def __iter__(self) -> Iterator[Any]:
         self._take("[")
@@ -205,6 +211,7 @@ class _Array:
 
     def _value(self) -> Any:
         self._next_character()
+        self.count_lines(self._at)
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
@@ -218,11 +225,17 @@ class _Array:
             self._at = end
             return value
 
+    def count_lines(self, position: int) -> None:
+        """Have `line` name the line of this character of the text that is held."""
+        self.line += self._text.count("\n", self._counted, position)
+        self._counted = position
+
     def _more(self) -> bool:
         """Read on. Doubling what is held keeps the work on a long element linear."""
+        self.count_lines(self._at)
         held = self._text[self._at :]
         piece = self._stream.read(max(_CHUNK_CHARACTERS, len(held)))
-        self._text, self._at = held + piece, 0
+        self._text, self._at, self._counted = held + piece, 0, 0
         return bool(piece)
 
 

@@ -1,8 +1,7 @@
 """How far the run is, for a person who looks on: a bar on a terminal, lines in a log.
 
 Made by `worker` on the first rank, fed by `progress.Reporter`. Must never: end a training (a
-terminal may go away), or fill a log: of a long run it holds a line every few seconds, and every
-step is in metrics.jsonl.
+terminal may go away), or say one step twice.
 """
 
 from __future__ import annotations
@@ -16,10 +15,6 @@ from typing import Protocol, TextIO
 
 from osft_trainer.report import Progress, duration, summary
 
-FIRST_STEPS = 10
-"""Each of them has a line: whether a run starts well is seen at once."""
-LOG_SECONDS = 10.0
-"""Least time between two lines afterwards."""
 DRAW_SECONDS = 0.1
 """Least time between two drawings of the bar."""
 
@@ -56,24 +51,17 @@ def headline(progress: Progress) -> str:
 
 
 class Lines:
-    """One line of the log per step at first, then one every `LOG_SECONDS`."""
+    """One line of the log per step."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         """Nothing is said before the first step."""
-        self._clock = clock
-        self._seen = 0
         self._step: int | None = None
-        self._said_at = -math.inf
 
     def show(self, progress: Progress) -> None:
-        """Say a new step, if it is time."""
+        """Say a step that is new."""
         if progress.phase != "Training" or progress.step == self._step:
             return
         self._step = progress.step
-        self._seen += 1
-        if self._seen > FIRST_STEPS and self._clock() - self._said_at < LOG_SECONDS:
-            return
-        self._said_at = self._clock()
         logger.info("%s%s", headline(progress), _details(progress))
 
     def close(self) -> None:

@@ -317,8 +317,20 @@ def test_words_and_progress_can_wait_but_nothing_else() -> None:
 def test_a_budget_is_shared_and_refills() -> None:
     now = [0.0]
     budget = Budget(2, lambda: now[0])
-    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]
+    assert [budget.take(key) for key in "abc"] == [0, 0, 0.5]
     now[0] += 0.5
-    assert budget.take() == 0
+    assert budget.take("c") == 0
     now[0] += 100
-    assert [budget.take() for _ in range(3)] == [0, 0, 0.5]
+    assert [budget.take(key) for key in "abc"] == [0, 0, 0.5]
+
+
+def test_who_waits_for_the_budget_has_a_place_of_its_own() -> None:
+    now = [0.0]
+    budget = Budget(2, lambda: now[0])
+    waits = [budget.take(key) for key in range(1000)]
+    assert waits[:5] == [0, 0, 0.5, 1, 1.5]
+    assert len(set(waits[1:])) == 999, "else all come again at once, each time"
+    now[0] += 1
+    assert [budget.take(key) for key in (2, 4, 3)] == [0, 0.5, 0]
+    budget.forget(4)
+    assert budget.take(4) > 400, "a place that was given up is at the end"

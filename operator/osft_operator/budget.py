@@ -5,28 +5,42 @@ Used by reconcile for the status writes that could wait. Knows nothing of what i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 
 class Budget:
-    """So many per second, and as many at once after a pause."""
+    """So many per second, and as many at once after a pause; who comes too early gets a place."""
 
     def __init__(self, per_second: float, clock: Callable[[], float]) -> None:
-        self._per_second = per_second
+        self._interval = 1 / per_second
+        self._at_once = per_second
         self._clock = clock
-        self._left = per_second
-        self._since = clock()
+        self._next = clock()
+        self._places: dict[Hashable, float] = {}
 
-    def take(self) -> float:
+    def take(self, key: Hashable) -> float:
         """Use one.
 
+        Args:
+            key: who asks; its place is kept until it comes again, so that thousands who wait come
+                one after the other and not all again and again.
+
         Returns:
-            0 when it was there; else after how many seconds there will be one, and nothing is used.
+            0 when it was there; else after how many seconds to come again.
         """
         now = self._clock()
-        self._left = min(self._per_second, self._left + (now - self._since) * self._per_second)
-        self._since = now
-        if self._left >= 1:
-            self._left -= 1
+        place = self._places.get(key)
+        if place is None:
+            # The rate that is used up evenly, less what may come at once.
+            slot = max(self._next, now)
+            self._next = slot + self._interval
+            place = slot - (self._at_once - 1) * self._interval
+        if place <= now:
+            self._places.pop(key, None)
             return 0.0
-        return (1 - self._left) / self._per_second
+        self._places[key] = place
+        return place - now
+
+    def forget(self, key: Hashable) -> None:
+        """Give up a place."""
+        self._places.pop(key, None)

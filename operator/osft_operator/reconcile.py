@@ -184,7 +184,7 @@ class Reconciler:
         change = merge_patch(recorded, status)
         if change and not decision.events and says_little(recorded, status):
             wait = self._until_write(key) if key not in self._milestones else 0.0
-            wait = wait or self._budget.take()
+            wait = wait or self._budget.take(key)
             if wait > 0:
                 return wait
         if change:
@@ -194,6 +194,7 @@ class Reconciler:
             self._cache.put(OSFTJOBS, written)
             metrics.status_writes.inc()
             self._milestones.discard(key)
+            self._budget.forget(key)
             self._written[key] = self._clock()
             transitions.tell(key, recorded, status)
         for event in decision.events:
@@ -210,6 +211,7 @@ class Reconciler:
         self._made.pop(key, None)
         self._written.pop(key, None)
         self._milestones.discard(key)
+        self._budget.forget(key)
 
 
 def says_little(old: dict[str, Any], new: dict[str, Any]) -> bool:

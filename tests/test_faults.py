@@ -154,7 +154,7 @@ def test_after_a_fault_all_is_as_it_should_be(
 ) -> None:
     new, old = (f"{kind}-{list(FAULTS).index(name)}" for kind in ("new", "old"))
     scene.apply(old)
-    wait_for("the first attempt", lambda: scene.status(old).get("pyTorchJobUID"))
+    wait_for("the first attempt", lambda: old in scene.names(scene.pytorch_jobs))
     FAULTS[name](scene)
     scene.apply(new)
     scene.fail(old)
@@ -164,9 +164,9 @@ def test_after_a_fault_all_is_as_it_should_be(
     wait_for(
         f"recovery; ends: {scene.operator.ends}",
         lambda: (
-            scene.status(new).get("pyTorchJobUID")
+            scene.status(new).get("phase") == "Starting"
             and scene.status(old).get("attempt") == 2
-            and scene.status(old).get("pyTorchJobUID")
+            and {new, f"{old}-a2"} <= set(scene.names(scene.pytorch_jobs))
         ),
         timeout_seconds=RECOVERY_SECONDS,
     )
@@ -210,7 +210,9 @@ def test_after_an_outage_of_the_server_itself(
     wait_for("a server that takes jobs", lambda: _applied(scene, new), timeout_seconds=60)
     wait_for(
         f"recovery; ends: {scene.operator.ends}",
-        lambda: scene.status(new).get("pyTorchJobUID"),
+        lambda: (
+            scene.status(new).get("phase") == "Starting" and new in scene.names(scene.pytorch_jobs)
+        ),
         timeout_seconds=RECOVERY_SECONDS,
     )
     recovery_seconds = time.monotonic() - began

@@ -112,6 +112,37 @@ def test_what_happens_is_heard_and_what_is_not_ours_is_not(
     play(control_plane, namespace, monkeypatch, story)
 
 
+def test_what_is_gone_before_the_watches_begin_is_noticed(
+    control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache()
+    # nothing else may find it
+    seldom = {"watch_check_seconds": 1000, "watch_stall_seconds": 3000, "resync_seconds": 1000}
+    settings = Settings(namespaces=(namespace,), **seldom)
+
+    async def whole(cluster: Cluster) -> None:
+        made = await cluster.create(CLAIMS, namespace, claim("c", **{JOB_LABEL: "job"}))
+        await cluster.patch(CLAIMS, namespace, "c", {"metadata": {"finalizers": None}})
+        informer = Informer(settings, cluster, cache, news=lambda _: None, resynced=lambda: None)
+        await informer.sync()
+        assert len(list(cache.all(CLAIMS))) == 1
+        await cluster.delete(CLAIMS, namespace, "c", uid=made["metadata"]["uid"])
+        running = asyncio.create_task(informer.run())
+        end = time.monotonic() + 20
+        while list(cache.all(CLAIMS)) and time.monotonic() < end and not running.done():
+            await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
+    cluster = Cluster.connect()
+    try:
+        asyncio.run(whole(cluster))
+    finally:
+        cluster.close()
+    assert list(cache.all(CLAIMS)) == []
+
+
 def test_a_bug_in_looking_after_the_watches_is_not_hidden(
     control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,10 @@ class Freshness:
         """A whole list was read: everything up to this version is known."""
         self._asked[place] = version
 
+    def begun(self, place: Place, version: str) -> None:
+        """A watch goes on from here: of what was before, a list has told."""
+        self._told[place] = max(self._told.get(place, 0), int(version or 0))
+
     def told(self, place: Place, body: Object) -> None:
         """A watch told of an object."""
         self._told[place] = max(self._told.get(place, 0), _version(body))

@@ -1,28 +1,30 @@
 """The only user of kopf: watches, and nothing but watches.
 
-Called by informer. kopf logs in, lists and watches the kinds it is given, and calls a handler per
-event; the handler hands the raw object on and returns. kopf runs on a thread with a loop of its
-own, since at its end it cancels every task of its loop. Its other powers stay unused on purpose: no
-finalizers, annotations, events, status, indexes or timers. Must never decide anything, and never
-touch the cache: `seen` is called on the main loop.
+Called by informer. kopf logs in, watches the kinds it is given, and calls a handler per event; the
+handler hands the raw object on and returns. It lists nothing: it asks `begin` from which version to
+watch, for the informer has listed already. kopf runs on a thread with a loop of its own, since at
+its end it cancels every task of its loop. Its other powers stay unused on purpose: no finalizers,
+annotations, events, status, indexes or timers. Must never decide anything, and never touch the
+cache: `seen` is called on the main loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import kopf
+from kopf._cogs.clients import fetching
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from osft_operator import names
 from osft_operator.cache import selector
-from osft_operator.cluster import PAGE_SIZE
 from osft_operator.kinds import Kind, Object
 from osft_operator.settings import Settings
 
@@ -45,7 +47,26 @@ TOLD_AT_ONCE = 100
 _LOGGER = logging.getLogger("kopf")
 
 Seen = Callable[[Kind, str | None, Object], None]
-"""Takes the kind, the event's type (None in the first list) and the object."""
+"""Takes the kind, the event's type and the object."""
+Begin = Callable[[Kind, str | None], Coroutine[Any, Any, str]]
+"""Takes a kind and a namespace (None for all), and says from which resourceVersion to watch; called
+for each watch that begins, or that the server can not go on with. Its error ends the watches."""
+
+
+_watches: contextvars.ContextVar[Watches] = contextvars.ContextVar("watches")
+_kopf_lists = fetching.fetch_objs
+
+
+async def _list_nothing(*, resource: Any, namespace: Any, **more: Any) -> AsyncIterator[Any]:
+    """In the place of kopf's list: only the version that the watch goes on from."""
+    # kopf's own list would cost as much again as ours, and a task, a queue and a pass through its
+    # machinery for each object; and what it does not find it does not tell.
+    watches = _watches.get(None)
+    if watches is None or (kind := watches.kind_of(resource)) is None:
+        async for page in _kopf_lists(resource=resource, namespace=namespace, **more):
+            yield page
+    else:
+        yield [], await watches.begin(kind, namespace)
 
 
 class _Forgetful(ResourceMemories):
@@ -67,10 +88,11 @@ class _Forgetful(ResourceMemories):
 class Watches:
     """One run of kopf over a fixed set of kinds that exist."""
 
-    def __init__(self, settings: Settings, kinds: Sequence[Kind], seen: Seen) -> None:
+    def __init__(self, settings: Settings, kinds: Sequence[Kind], seen: Seen, begin: Begin) -> None:
         self._settings = settings
         self._kinds = kinds
         self._seen = seen
+        self._begin = begin
         self._loop = asyncio.get_running_loop()
         self._told: deque[tuple[Kind, str | None, Object]] = deque()
         self._stop = threading.Event()
@@ -83,6 +105,7 @@ class Watches:
         """Begin to watch."""
         # kopf speaks of each event and task at INFO; what ends a watch is an error and stays.
         _LOGGER.setLevel(logging.WARNING)
+        fetching.fetch_objs = _list_nothing
         self._thread.start()
 
     async def ended(self) -> None:
@@ -100,7 +123,18 @@ class Watches:
         self._stop.set()
         await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=STOP_SECONDS)
 
+    def kind_of(self, resource: Any) -> Kind | None:
+        """The kind that is a resource of kopf's; None for one that is none of ours."""
+        named = (resource.group, resource.version, resource.plural)
+        return next((k for k in self._kinds if (k.group, k.version, k.plural) == named), None)
+
+    async def begin(self, kind: Kind, namespace: str | None) -> str:
+        """From which version to watch; asked on kopf's loop, answered on the main one."""
+        asked = asyncio.run_coroutine_threadsafe(self._begin(kind, namespace), self._loop)
+        return await asyncio.wrap_future(asked)
+
     def _run(self) -> None:
+        _watches.set(self)
         namespaces = self._settings.namespaces
         # It warns that no signals reach it on a thread, which is what we want.
         logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
@@ -163,7 +197,6 @@ def kopf_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.persistence.finalizer = f"{PREFIX}/unused"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=PREFIX, v1=False)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX, v1=False)
-    settings.watching.chunk_size = PAGE_SIZE
     settings.queueing.idle_timeout = IDLE_SECONDS
     # A watch that says nothing for so long is opened anew: load balancers drop silent ones.
     settings.watching.server_timeout = WATCH_SECONDS

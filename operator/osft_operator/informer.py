@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, job_of
-from osft_operator.cluster import Cluster, ClusterError, Gone
+from osft_operator.cluster import Cluster, ClusterError, Gone, KindMissing
 from osft_operator.endings import is_finished
 from osft_operator.freshness import Freshness
 from osft_operator.handlers import Watches
@@ -55,6 +55,7 @@ class Informer:
         self._behind = behind
         self._resync = Resync(cluster, cache, settings.namespaces)
         self._freshness = Freshness(cluster, cache, news)
+        self._unused: set[Place] = set()
 
     def serves(self, kind: Kind) -> bool:
         """Whether the API server had this kind when last asked."""
@@ -82,7 +83,8 @@ class Informer:
         for kind in WATCHED:
             if kind not in kinds:
                 logger.warning("The kind %s is not installed; looking for it", kind.kind)
-        watches = Watches(self._settings, [kind for kind in WATCHED if kind in kinds], self._seen)
+        watched = [kind for kind in WATCHED if kind in kinds]
+        watches = Watches(self._settings, watched, self._seen, self._begin)
         watches.start()
         ended = asyncio.create_task(watches.ended())
         others = asyncio.create_task(self._until_other_kinds(kinds))
@@ -160,6 +162,7 @@ class Informer:
             return False
         for place, version in self._resync.versions.items():
             self._freshness.listed(place, version)
+            self._unused.add(place)
         # Every job is looked at again, changed or not: whatever was missed is found here. Only what
         # is over and as it was stays so.
         for key in self._cache.jobs():
@@ -168,6 +171,33 @@ class Informer:
                 self._news(key)
         self._resynced()
         return True
+
+    async def _begin(self, kind: Kind, namespace: str | None) -> str:
+        """From which version a watch goes on: that of the last list, or of one made now.
+
+        Raises:
+            KindMissing: when there is no such kind.
+        """
+        place = (kind, namespace)
+        wait = 1.0
+        while place not in self._unused:
+            try:
+                changed = await self._resync.take(kind, namespace)
+            except KindMissing:
+                raise
+            except ClusterError as error:
+                logger.warning("The list of %s could not be read: %s", kind.plural, error)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, MAX_WAIT_SECONDS)
+                continue
+            self._freshness.listed(place, self._resync.versions[place])
+            self._unused.add(place)
+            for key in changed:
+                self._news(key)
+        # If the server can not go on from it, it asks again and there is a list.
+        self._unused.discard(place)
+        self._freshness.begun(place, self._resync.versions[place])
+        return self._resync.versions[place]
 
     def _seen(self, kind: Kind, event: str | None, body: Object) -> None:
         metrics.watch_events.labels(kind.plural).inc()

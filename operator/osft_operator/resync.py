@@ -109,13 +109,18 @@ class Resync:
         changed: set[Key] = set()
         for namespace in self._namespaces:
             try:
-                changed |= await self._take(kind, namespace)
+                changed |= await self.take(kind, namespace)
             except KindMissing:
                 return None
         return changed
 
-    async def _take(self, kind: Kind, namespace: str | None) -> set[Key]:
-        """One list, page by page: ten thousand whole objects are more than all that is kept."""
+    async def take(self, kind: Kind, namespace: str | None) -> set[Key]:
+        """One list; returns the OSFTJobs that it is news for.
+
+        Raises:
+            ClusterError: when it could not be read; nothing is forgotten then.
+        """
+        # Page by page: ten thousand whole objects are more than all that is kept.
         changed: set[Key | None] = set()
         present: set[str] = set()
         version = ""

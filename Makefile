@@ -65,7 +65,7 @@ JOBS ?= 1000
 RUNNING ?= 500
 bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a plain kopf operator
 	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) \
-		--running $(RUNNING) --output operator-load-$(JOBS).json
+		--running $(RUNNING) --output tests/bench/results/operator-load-$(JOBS).json $(ARGS)
 
 bench-checkpoint: $(VENV)/.dev   ## how long a step waits for a save, beside how long the save takes
 	$(BIN)/python tests/bench/checkpoint.py

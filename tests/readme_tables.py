@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
+from bench.load_tables import load_tables
 from bench.retention_report import retention_tables, write_picture
 from bench.tables import training_tables
 from osft_operator import job_metrics
@@ -85,7 +86,7 @@ PARTS = {
         "retention benchmark": retention_tables,
         "training benchmark": training_tables,
     },
-    CHART: {"rules": rule_table, "metrics": metric_table},
+    CHART: {"rules": rule_table, "metrics": metric_table, "load": load_tables},
 }
 
 

@@ -17,6 +17,8 @@ from bench.load_watch import Name, Seen
 from cluster.api import Api
 from osft_trainer.report import METRICS_PORT, Progress
 
+Object = dict[str, Any]
+
 PYTORCH_JOBS = "/apis/kubeflow.org/v1/namespaces/{0}/pytorchjobs"
 PODS = "/api/v1/namespaces/{0}/pods"
 
@@ -34,7 +36,13 @@ class Node:
         child = self._children.bodies.get(name)
         if child is None:
             return
-        namespace, job = name
+        (osftjob,) = child["metadata"]["ownerReferences"]
+        self.pod(name[0], child, "Running", self._address(osftjob["uid"]))
+        self._say(name, "Running")
+
+    def pod(self, namespace: str, child: Object, phase: str, address: str | None = None) -> None:
+        """Make the pod of a PyTorchJob, in a phase."""
+        job = child["metadata"]["name"]
         owner = {
             "apiVersion": "kubeflow.org/v1",
             "kind": "PyTorchJob",
@@ -52,17 +60,14 @@ class Node:
         container = {"name": "pytorch", "image": "x"}
         body = {"metadata": metadata, "spec": {"containers": [container]}}
         self._api.post(PODS.format(namespace), {"apiVersion": "v1", "kind": "Pod", **body})
-        (osftjob,) = child["metadata"]["ownerReferences"]
-        address = self._address(osftjob["uid"])
-        self._pod(name, "Running", {"running": {"startedAt": _now()}}, address)
-        self._say(name, "Running")
+        state = {"running": {"startedAt": _now()}} if phase == "Running" else _ended()
+        self._pod((namespace, job), phase, state, address)
 
     def succeed(self, name: Name) -> None:
         """The pod ends well, and the training-operator says so."""
         if name not in self._children.bodies:
             return
-        ended = {"exitCode": 0, "reason": "Completed", "finishedAt": _now()}
-        self._pod(name, "Succeeded", {"terminated": ended}, None)
+        self._pod(name, "Succeeded", _ended(), None)
         self._say(name, "Succeeded")
 
     @contextmanager
@@ -109,7 +114,7 @@ class Node:
         self._uids[address] = uid
         return address
 
-    def _pod(self, name: Name, phase: str, state: dict[str, Any], address: str | None) -> None:
+    def _pod(self, name: Name, phase: str, state: Object, address: str | None) -> None:
         container = {"name": "pytorch", "image": "x", "imageID": "", "ready": phase == "Running"}
         statuses = [{**container, "restartCount": 0, "state": state}]
         status = {"phase": phase, "podIP": address, "containerStatuses": statuses}
@@ -120,6 +125,10 @@ class Node:
         entry = {"type": condition, "status": "True", "reason": "R", "message": "m"}
         path = f"{PYTORCH_JOBS.format(name[0])}/{name[1]}/status"
         self._api.patch(path, {"status": {"conditions": [entry]}})
+
+
+def _ended() -> Object:
+    return {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": _now()}}
 
 
 def _now() -> str:

@@ -13,23 +13,37 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
+
+import kopf
 
 import chart_release
+from bench import load_machine
 from cluster.control_plane import ControlPlane
 from operator_process import OperatorProcess
 from osft_operator import process_tree
 
 HOME = "bench-system"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Operator:
     """One operator's process: start, stop, and what the kernel says of it."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path, user: str):
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        log: Path,
+        user: str,
+        annotations: Callable[[dict[str, Any]], dict[str, str]] = lambda _: {},
+    ) -> None:
         self._command, self._environment, self._log = command, environment, log
         self.user = user
         """Its name in the audit log."""
+        self.tree = environment[process_tree.VARIABLE]
+        """The mark of its processes."""
+        self.annotations = annotations
+        """What it writes on an OSFTJob that it has dealt with."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -55,8 +69,7 @@ class Operator:
 
     def cpu_seconds(self) -> float:
         """CPU time it has used, in user and system mode."""
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return load_machine.process_seconds(self._pid)
 
     def memory_mib(self, key: str = "VmRSS") -> float:
         """Memory it holds now, or held at most with VmHWM."""
@@ -105,7 +118,15 @@ def peer(plane: ControlPlane, folder: Path, mark: str) -> Iterator[Operator]:
     script = Path(__file__).with_name("kopf_peer.py")
     command = [sys.executable, "-m", "kopf", "run", "--all-namespaces", "--standalone", str(script)]
     user = f"system:serviceaccount:{HOME}:default"
-    yield Operator(command, environment, folder / "peer.log", user)
+    yield Operator(command, environment, folder / "peer.log", user, _handled)
+
+
+def _handled(body: dict[str, Any]) -> dict[str, str]:
+    """What kopf writes on an object that its handlers have seen, so that they are not called."""
+    storage, patch = kopf.AnnotationsDiffBaseStorage(), kopf.Patch()
+    essence = storage.build(body=kopf.Body(body))
+    storage.store(body=kopf.Body(body), patch=patch, essence=essence)
+    return dict(patch["metadata"]["annotations"])
 
 
 Make = Callable[[ControlPlane, Path, str], AbstractContextManager[Operator]]

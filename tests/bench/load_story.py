@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import job_samples
+from bench import load_before, load_machine
+from bench.load_before import JOBS
 from bench.load_node import Node
 from bench.load_operators import Operator
 from bench.load_watch import Name, Seen
@@ -25,16 +27,18 @@ logger = logging.getLogger("bench")
 TENANTS = [f"tenant-{number}" for number in range(10)]
 """Namespaces that the jobs are spread over."""
 THREADS = 8
+LIVES = 80
+"""Jobs whose writes are counted one by one."""
 WRITES = ("create", "update", "patch", "delete")
-JOBS = "/apis/osft.dev/v1alpha1/namespaces/{0}/osftjobs"
 
 
 class Story:
     """One operator's measurements."""
 
-    def __init__(self, plane: ControlPlane, operator: Operator, jobs: int) -> None:
+    def __init__(self, plane: ControlPlane, operator: Operator, jobs: int, before: int) -> None:
+        """A story of `jobs` OSFTJobs, of which `before` have ended before the operator starts."""
         self._plane, self._api, self._operator = plane, plane.api, operator
-        self._jobs = jobs
+        self._jobs, self._before = jobs, before
         self._made: dict[Name, float] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 
@@ -46,17 +50,19 @@ class Story:
             idle_seconds: how long idleness is measured.
             running: jobs that run and are polled in a further part; 0 leaves it out.
         """
-        for namespace in [*TENANTS, "crowd", "single", "running"]:
+        for namespace in [*TENANTS, "crowd", "lives", "single", "running"]:
             self._plane.create_namespace(namespace)
+        names = [(TENANTS[n % len(TENANTS)], f"job-{n:05}") for n in range(self._jobs)]
         self._children = Seen(self._api, "/apis/kubeflow.org/v1/pytorchjobs")
         self._osftjobs = Seen(self._api, "/apis/osft.dev/v1alpha1/osftjobs")
         self._node = Node(self._api, self._children)
+        self._finish_before(names[: self._before])
         self._operator.start()
-        self._children.wait_for([self._create(("single", "warm-up"))], 60)
-        result: dict[str, Any] = {"empty_mib": round(self._operator.memory_mib(), 1)}
-        names = [(TENANTS[n % len(TENANTS)], f"job-{n:05}") for n in range(self._jobs)]
-        result["apply_to_pytorchjob"] = self._load(names, rate)
-        result["lives"] = self._live(names)
+        self._children.wait_for([self._create(("single", "warm-up"))], 600)
+        result: dict[str, Any] = {"mib_at_start": round(self._operator.memory_mib(), 1)}
+        result["apply_to_pytorchjob"] = self._load(names[self._before :], rate)
+        result["lives"] = self._live(names[self._before :])
+        result["lives"] |= self._count_writes()
         result["idle"] = self._idle(idle_seconds)
         if running:
             result["running"] = self._polled(running)
@@ -67,10 +73,22 @@ class Story:
         self._children.stopped = self._osftjobs.stopped = True
         return result
 
+    def _finish_before(self, names: list[Name]) -> None:
+        logger.info("%d OSFTJobs that have ended", len(names))
+        if not names:
+            return
+
+        def make(name: Name) -> None:
+            load_before.finished(self._api, self._node, name, self._operator.annotations)
+
+        list(self._pool.map(make, names))
+        self._children.wait_for(names, 60)
+
     def _load(self, names: list[Name], rate: float) -> dict[str, Any]:
         """Create at a steady rate, whatever the operator does."""
         logger.info("creating %d OSFTJobs", len(names))
-        start, used = time.monotonic(), self._operator.cpu_seconds()
+        trees = {"operator": self._operator.tree, "control_plane": self._plane.mark}
+        start, usage = time.monotonic(), load_machine.Usage(trees)
 
         def create(number: int) -> None:
             time.sleep(max(0.0, start + number / rate - time.monotonic()))
@@ -79,6 +97,8 @@ class Story:
         list(self._pool.map(create, range(len(names))))
         took = time.monotonic() - start
         lost = self._children.wait_for(names, 120 + len(names) / 10)
+        whole = time.monotonic() - start
+        used = usage.seconds()
         waits = sorted(self._children.first[n] - self._made[n] for n in names if n not in lost)
         return {
             "creates_per_second": round(len(names) / took, 1),
@@ -87,11 +107,16 @@ class Story:
             "max_seconds": round(waits[-1], 3),
             "not_made": len(lost),
             # says how many a second one core can take, also on a machine that is busy otherwise
-            "cpu_seconds_per_job": round((self._operator.cpu_seconds() - used) / len(names), 4),
+            "cpu_seconds_per_job": {
+                name: round(seconds / len(names), 4)
+                for name, seconds in used.items()
+                if name != "others"
+            },
+            "cores_used": {name: round(seconds / whole, 2) for name, seconds in used.items()},
         }
 
     def _live(self, names: list[Name]) -> dict[str, Any]:
-        """Each job gets a pod, runs, and succeeds; nobody tells of progress."""
+        """Each job gets a pod, runs, and succeeds, all at one time; nobody tells of progress."""
         logger.info("%d lives", len(names))
         list(self._pool.map(self._node.run, names))
         self._osftjobs.wait_for_phase(names, "Running", 60 + len(names) / 20)
@@ -99,17 +124,33 @@ class Story:
         start = time.monotonic()
         missing = self._osftjobs.wait_for_phase(names, "Succeeded", 120 + len(names) / 10)
         seconds = time.monotonic() - start
-        time.sleep(3)
-        writes = self._writes(*TENANTS)
         return {
             "not_succeeded": len(missing),
             "last_success_to_status_seconds": round(seconds, 2),
-            "api_writes_per_job": round(sum(writes.values()) / len(names), 2),
+        }
+
+    def _count_writes(self) -> dict[str, Any]:
+        """What is written for jobs whose pods run as soon as their PyTorchJobs are there."""
+        names = [("lives", f"job-{number:05}") for number in range(LIVES)]
+        missing: set[Name] = set()
+        for first in range(0, LIVES, THREADS):
+            some = names[first : first + THREADS]
+            list(self._pool.map(self._create, some))
+            self._children.wait_for(some, 60)
+            list(self._pool.map(self._node.run, some))
+            self._osftjobs.wait_for_phase(some, "Running", 60)
+            list(self._pool.map(self._node.succeed, some))
+            missing |= self._osftjobs.wait_for_phase(some, "Succeeded", 60)
+        time.sleep(3)
+        writes = self._writes("lives")
+        assert not missing, f"{len(missing)} of {LIVES} lives did not end"
+        return {
+            "api_writes_per_job": round(sum(writes.values()) / LIVES, 2),
             "api_writes_per_job_without_events": round(
-                sum(count for what, count in writes.items() if "events" not in what) / len(names), 2
+                sum(count for what, count in writes.items() if "events" not in what) / LIVES, 2
             ),
             "api_writes_per_job_by_kind": {
-                what: round(count / len(names), 2) for what, count in sorted(writes.items())
+                what: round(count / LIVES, 2) for what, count in sorted(writes.items())
             },
         }
 

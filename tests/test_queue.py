@@ -206,3 +206,25 @@ def test_a_worker_that_is_cancelled_ends_even_if_news_comes_then(steps: int) -> 
         assert worker.cancelled() or ended
 
     run(story)
+
+
+def test_what_has_no_hurry_lets_others_go_first_and_still_has_its_turn() -> None:
+    async def story() -> None:
+        queue = WorkQueue()
+        for number in range(20):
+            queue.add_unhurried(Key("a", f"old-{number}"))
+        queue.add(Key("a", "old-3"))
+        for number in range(20):
+            queue.add(Key("a", f"new-{number}"))
+        taken = [(await queue.get()).name for _ in range(40)]
+        assert taken[0] == "old-3", "news of it make hurry"
+        assert taken[1:7] == [f"new-{number}" for number in range(6)]
+        assert [name for name in taken[:16] if name.startswith("old")] == [
+            "old-3",
+            "old-0",
+            "old-1",
+        ]
+        assert len(set(taken)) == 40
+        assert len(queue) == 0
+
+    asyncio.run(story())

@@ -82,7 +82,7 @@ class Cache:
             return None
         if known and job_of(kind, known) != job_of(kind, body):
             self._unlink(kind, known)
-        self._objects[kind][name] = _trimmed(kind, body)
+        self._objects[kind][name] = trimmed(kind, body)
         key = job_of(kind, body)
         if key is not None:
             self._children[kind].setdefault(key, set()).add(metadata["name"])
@@ -158,7 +158,7 @@ def _number(version: str) -> int:
     return int(version) if version.isdigit() else 0
 
 
-def _trimmed(kind: Kind, body: Object) -> Object:
+def trimmed(kind: Kind, body: Object) -> Object:
     """What is kept of an object: nothing that nobody reads, and no text twice."""
     metadata = {k: v for k, v in body["metadata"].items() if k not in UNREAD_METADATA}
     kept: dict[str, Any] = {**body, "metadata": metadata}

@@ -24,7 +24,7 @@ from kopf._cogs.clients import fetching
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from osft_operator import names
-from osft_operator.cache import selector
+from osft_operator.cache import selector, trimmed
 from osft_operator.kinds import Kind, Object
 from osft_operator.settings import Settings
 
@@ -168,7 +168,8 @@ class Watches:
 
     def _handler(self, kind: Kind) -> Callable[..., Any]:
         async def handler(event: Any, **_: Any) -> None:
-            self._told.append((kind, event["type"], event["object"]))
+            # What waits is small: whole objects that the main loop is behind with are 100 MiB.
+            self._told.append((kind, event["type"], trimmed(kind, event["object"])))
             # Waking the main loop is a system call; whatever waits already has done it.
             if len(self._told) == 1 and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._hand_on)

@@ -45,12 +45,14 @@ class Informer:
         cache: Cache,
         *,
         news: Callable[[Key], None],
+        old: Callable[[Key], None] | None = None,
         resynced: Callable[[], None],
         behind: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._cache = cache
         self._news = news
+        self._old = old or news
         self._resynced = resynced
         self._behind = behind
         self._resync = Resync(cluster, cache, settings.namespaces)
@@ -164,11 +166,13 @@ class Informer:
             self._freshness.listed(place, version)
             self._unused.add(place)
         # Every job is looked at again, changed or not: whatever was missed is found here. Only what
-        # is over and as it was stays so.
+        # is over and as it was stays so; and what is over when this process starts has no hurry.
         for key in self._cache.jobs():
             job = self._cache.get(OSFTJOBS, *key) or {}
-            if key in changed or not is_finished(job.get("status") or {}):
+            if not is_finished(job.get("status") or {}):
                 self._news(key)
+            elif key in changed:
+                self._old(key)
         self._resynced()
         return True
 

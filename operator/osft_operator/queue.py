@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 from osft_operator import metrics
 
+UNHURRIED_TURNS = 8
+"""Of so many keys that are taken, one is of those without hurry, whatever else waits."""
+
 
 class Key(NamedTuple):
     """An OSFTJob."""
@@ -48,6 +51,8 @@ class WorkQueue:
         # Per namespace the waiting keys with the time they came; the first namespace is next.
         self._waiting: OrderedDict[str, OrderedDict[Key, float]] = OrderedDict()
         self._length = 0
+        self._unhurried: OrderedDict[Key, None] = OrderedDict()
+        self._turns = 0
         self._working: set[Key] = set()
         self._again: set[Key] = set()
         self._delayed: list[tuple[float, Key]] = []
@@ -62,6 +67,7 @@ class WorkQueue:
     def add(self, key: Key) -> None:
         """Let the key be worked on as soon as possible."""
         self._due.pop(key, None)
+        self._unhurried.pop(key, None)
         if key in self._working:
             self._again.add(key)
             return
@@ -73,6 +79,12 @@ class WorkQueue:
         metrics.queue_adds.labels(metrics.CONTROLLER).inc()
         metrics.queue_depth.labels(metrics.CONTROLLER).set(len(self))
         self._changed.set()
+
+    def add_unhurried(self, key: Key) -> None:
+        """Let the key be worked on when nothing else waits, or at every so many turns."""
+        if key not in self._working and key not in self._waiting.get(key.namespace, ()):
+            self._unhurried[key] = None
+            self._changed.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Let the key be worked on after so long, or at its earlier appointment."""
@@ -113,7 +125,7 @@ class WorkQueue:
         """The next key; `done` must follow."""
         while True:
             self._move_due()
-            if self._waiting:
+            if self._waiting or self._unhurried:
                 return self._take()
             self._changed.clear()
             await self._wait()
@@ -141,13 +153,18 @@ class WorkQueue:
                 self.add(key)
 
     def _take(self) -> Key:
+        self._turns += 1
+        self._taken = self._clock()
+        if self._unhurried and (not self._waiting or self._turns % UNHURRIED_TURNS == 0):
+            unhurried, _ = self._unhurried.popitem(last=False)
+            self._working.add(unhurried)
+            return unhurried
         namespace, keys = self._waiting.popitem(last=False)
         key, since = keys.popitem(last=False)
         if keys:
             self._waiting[namespace] = keys
         self._length -= 1
         self._working.add(key)
-        self._taken = self._clock()
         metrics.queue_depth.labels(metrics.CONTROLLER).set(len(self))
         metrics.queue_seconds.labels(metrics.CONTROLLER).observe(self._clock() - since)
         return key

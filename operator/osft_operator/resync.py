@@ -7,6 +7,7 @@ decide anything about a job.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -72,8 +73,11 @@ class Resync:
         """
         changed: set[Key] = set()
         present = set()
-        for kind in WATCHED:
-            found = await self._list(kind)
+        # The kinds beside each other: the API server is busy with each for a while.
+        lists = await asyncio.gather(*map(self._list, WATCHED), return_exceptions=True)
+        for kind, found in zip(WATCHED, lists, strict=True):
+            if isinstance(found, BaseException):
+                raise found
             if found is None:
                 # Nothing is forgotten: a server that starts says 404 for what it has not loaded
                 # yet, and a job whose PyTorchJob seems to be gone would be started a second time.

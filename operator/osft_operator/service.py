@@ -63,6 +63,7 @@ class Service:
             cluster,
             self._cache,
             news=self._queue.add,
+            old=self._queue.add_unhurried,
             resynced=self._health.resynced,
             behind=self._health.heard,
         )

@@ -87,7 +87,7 @@ class Node:
             def log_message(self, *_: object) -> None:
                 """No line for each question."""
 
-        server = http.server.ThreadingHTTPServer(("0.0.0.0", METRICS_PORT), Handler)
+        server = _Server(("0.0.0.0", METRICS_PORT), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
@@ -125,6 +125,15 @@ class Node:
         entry = {"type": condition, "status": "True", "reason": "R", "message": "m"}
         path = f"{PYTORCH_JOBS.format(name[0])}/{name[1]}/status"
         self._api.patch(path, {"status": {"conditions": [entry]}})
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """One thread per question."""
+
+    request_queue_size = 256
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing: an operator does not wait for ever, and hangs up."""
 
 
 def _ended() -> Object:

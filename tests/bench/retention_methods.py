@@ -113,6 +113,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "osft activations, own text": by_activations,
 }
 OWN_TEXT = "osft activations, own text"
+BY_WEIGHTS = "osft exact"
 WITHOUT_RATIO = ("plain fine-tuning",)
 
 

@@ -44,7 +44,9 @@ class Usage:
 
     def seconds(self) -> dict[str, float]:
         """By name of the tree; `benchmark` is this process, `others` what is no part of it."""
-        return {name: used - self._before[name] for name, used in self._now().items()}
+        # the processes are read one after the other, so others' share can come out below nothing
+        now = self._now()
+        return {name: max(0.0, used - self._before[name]) for name, used in now.items()}
 
     def _now(self) -> dict[str, float]:
         own = os.times()

@@ -25,7 +25,9 @@ ROWS: dict[str, Callable[[Numbers], object]] = {
         f"{n['lives']['api_writes_per_job'] - n['lives']['api_writes_per_job_without_events']:g}"
     ),
     "{jobs:,} finished jobs: CPU of a core": lambda n: f"{n['idle']['cpu_percent_of_a_core']:g} %",
-    "the same: memory, MiB": lambda n: round(n["idle"]["mib"]),
+    "memory, MiB: now / started anew among all / at most, with the crowd below": lambda n: (
+        f"{n['idle']['mib']:.0f} / {n['restart']['mib']:.0f} / {n['peak_mib_of_last_process']:.0f}"
+    ),
     "beside them running jobs that are polled: how many, CPU of a core": lambda n: (
         f"{n['running']['jobs']}, {n['running']['cpu_percent_of_a_core']:g} %"
         if "running" in n
@@ -38,7 +40,6 @@ ROWS: dict[str, Callable[[Numbers], object]] = {
         f"{n['crowd']['single_seconds']:g} ({n['crowd']['crowd']:,} made, "
         f"{n['crowd']['crowd_waiting']:,} waited)"
     ),
-    "most memory after a start among all, MiB": lambda n: round(n["peak_mib_of_last_process"]),
 }
 """What is shown of an operator's numbers, and how the line begins."""
 

@@ -2,8 +2,9 @@
 
 Lives here: the cache `<run>/cache/decomposition/<digest>/`, one safetensors file a target, and who
 computes which. Called by `assembly` on every rank, and by `export_checkpoint`. The bases are
-always read
-from the files, so that every rank, attempt and resumed run works in the same subspaces bit for bit.
+always read from the files, so that every rank, attempt and resumed run works in the same subspaces
+bit for bit. Matrices with one input that are split by activations have one basis: their files are
+hard links to one, and one parameter holds it in memory.
 Must never: decide ranks (`targets` does), or leave a file under its name that is not whole.
 """
 
@@ -13,14 +14,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osft_trainer.activations import (
@@ -57,16 +58,28 @@ class Decompositions:
     digest: str
     """What decides the bases: base model, ranks, parameterisation. Recorded in checkpoints."""
     plan: Plan
+    _shared: dict[tuple[int, int], Split] = field(default_factory=dict, repr=False, compare=False)
+    """What was read of a file with several names, by device and number of the file."""
 
     def decompose(self, target: Target, weight: Tensor) -> Split:
         """The target's bases, read from its file. What `model.convert` calls.
 
         On the CPU they are mapped, not copied: the ranks of a node share one copy in the page
         cache until each has taken its rows, so none ever holds the whole factored model.
+        Targets whose files are one file get the same parameter.
         """
         if not _parts(target, self.plan):
             return Split()
-        return Split.from_tensors(load_file(self.path(target), device=str(weight.device)))
+        path = self.path(target)
+        about = path.stat()
+        key = (about.st_dev, about.st_ino)
+        if key in self._shared:
+            return self._shared[key]
+        parts = load_file(path, device=str(weight.device))
+        if about.st_nlink == 1:
+            return Split.from_tensors(parts)
+        found = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
+        return self._shared.setdefault(key, Split.from_tensors(found))
 
     def used_share(self, target: Target) -> float | None:
         """Share of the old inputs' energy in the free directions; see `activations.used_share`.
@@ -284,10 +297,27 @@ def _read(
     bases = [least_used(moment, g.rank) for g, moment in zip(groups, moments, strict=True)]
     shares = used_share(model, groups, bases, checked)
     for group, basis, share in zip(groups, bases, shares, strict=True):
+        written: dict[str, Path] = {}
         for target in group.targets:
             (name,) = _parts(target, found.plan)
+            path = found.path(target)
+            if name in written and _link(written[name], path, world):
+                continue
             part = basis.mT.contiguous() if name == "free_rows" else basis
-            _save(found.path(target), {name: part}, world, {_USED_SHARE: repr(share)})
+            _save(path, {name: part}, world, {_USED_SHARE: repr(share)})
+            written[name] = path
+
+
+def _link(whole: Path, path: Path, world: World) -> bool:
+    """Give a file a second name; False where the file system has no such thing."""
+    temporary = path.with_name(f".{path.name}.{world.rank}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(whole, temporary)
+    except OSError:
+        return False
+    os.replace(temporary, path)
+    return True
 
 
 def _save(

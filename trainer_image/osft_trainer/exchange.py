@@ -35,16 +35,23 @@ def full(part: Tensor) -> Tensor:
 
 
 def full_all(parts: Sequence[Tensor]) -> list[Tensor]:
-    """All rows of each, with one collective for each dtype. Parts are sharded on dimension 0."""
+    """All rows of each, with one collective for each dtype. Parts are sharded on dimension 0.
+
+    A part that is there several times travels once.
+    """
     found = list(parts)
     by_dtype: dict[torch.dtype, list[int]] = {}
+    first: dict[int, int] = {}
     for position, part in enumerate(parts):
-        if isinstance(part, DTensor):
+        if isinstance(part, DTensor) and first.setdefault(id(part), position) == position:
             by_dtype.setdefault(part.dtype, []).append(position)
     for positions in by_dtype.values():
         gathered = _gather([part for i in positions if isinstance(part := parts[i], DTensor)])
         for position, whole in zip(positions, gathered, strict=True):
             found[position] = whole
+    for position, part in enumerate(parts):
+        if isinstance(part, DTensor):
+            found[position] = found[first[id(part)]]
     return found
 
 

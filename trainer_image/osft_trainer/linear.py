@@ -248,7 +248,9 @@ def _kept_part(kept: Tensor | None, free: Tensor | None, delta: Tensor) -> Tenso
 
 
 def _frozen(part: Tensor | None) -> nn.Parameter | None:
-    return None if part is None else nn.Parameter(part, requires_grad=False)
+    if part is None or isinstance(part, nn.Parameter):
+        return part  # a parameter is shared with other targets
+    return nn.Parameter(part, requires_grad=False)
 
 
 def _present(part: Tensor | None) -> Tensor:

@@ -33,14 +33,15 @@ _LOGIT_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. Exact but for the last two."""
+    """Bytes on one rank. Exact but for the last two and shared bases."""
 
     effective: int
     """W + dW of the targets, in the compute dtype."""
     base: int
     """W of the targets, in the compute dtype."""
     bases: int
-    """Kept and free bases, float32."""
+    """Kept and free bases, float32. A basis that matrices with one input share in a split by
+    activations is counted for each of them."""
     factors: int
     """What is trained, float32."""
     gradients: int

@@ -29,7 +29,8 @@ PARAMETERIZATIONS = ("exact", "core", "factored", "dense")
 class Split:
     """The parts of W = U_h S_h V_h + U_0 S_0 V_0 that a parameterisation needs; others are None.
 
-    Shapes carry a leading batch axis for expert tensors. All parts are contiguous.
+    Shapes carry a leading batch axis for expert tensors. All parts are contiguous. A basis that
+    several matrices share is one frozen `nn.Parameter` in the splits of all of them.
     """
 
     free_rows: Tensor | None = None

@@ -60,7 +60,8 @@ def main() -> None:
     result = _result(arguments, shape, weights, found)
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"train-{shape}-{arguments.device}.json"
+        tokens = "" if arguments.tokens is None else f"-{arguments.tokens}-tokens"
+        path = RESULTS / f"train-{shape}-{arguments.device}{tokens}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {path}")
     print(tables.training_table(result))

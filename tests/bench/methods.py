@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
+from osft_trainer.attention import use_variable_length
 from osft_trainer.decomposition import prepare
 from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
@@ -130,6 +131,7 @@ def _load(setting: Setting, seconds: dict[str, float]) -> tuple[PreTrainedModel,
     with timed(seconds, "load", setting.world):
         hf = load_model(setting.base, setting.dtype)
     fused = apply_liger(hf, setting.liger, setting.world.device) is None
+    use_variable_length(hf, setting.world.device)
     if setting.activation_checkpointing:
         enable_activation_checkpointing(hf)
     return hf, fused

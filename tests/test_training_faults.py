@@ -5,10 +5,12 @@ With OSFT_SOAK set there are fifty kills.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import rank_ends
 import tiny
 from osft_trainer import loop as loop_module
 from osft_trainer.config import TrainingParameters
@@ -274,3 +277,30 @@ def test_of_two_runs_in_one_folder_the_later_one_has_it(
     assert tiny.finish(earlier) == [SUPERSEDED, SUPERSEDED]
     assert tiny.finish(later) == [0, 0]
     assert results(told) == undisturbed[2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "reason", "words"),
+    [
+        (rank_ends.not_a_number, 3, "Diverged", "the loss is nan at step 3"),
+        (rank_ends.a_limit_of_memory, 75, "OutOfMemory", "the host has no memory left .*step 2"),
+        (rank_ends.a_newer_attempt, 75, "TryAgain", "belongs to run tiny-run, attempt 2 now"),
+    ],
+)
+def test_a_rank_says_in_one_object_what_it_ended_of(
+    base: Path, tmp_path: Path, fault: Any, code: int, reason: str, words: str
+) -> None:
+    told = parameters(base, tmp_path / "run")
+    end = rank_ends.end_of(told, tmp_path / "log", functools.partial(fault, tmp_path / "run"))
+    assert end.code == code == end.words["exitCode"], end
+    assert end.words["reason"] == reason
+    assert re.search(words, end.words["message"]), end
+    assert end.words["progress"]["step"] == 2
+    assert RunFolder(tmp_path / "run").complete_checkpoints()
+
+
+def test_a_rank_says_that_the_folder_is_read_only(base: Path, disk: Path) -> None:
+    change(disk, "ro")
+    end = rank_ends.end_of(parameters(base, disk / "run"), disk.parent / "log")
+    assert (end.code, end.words["reason"]) == (2, "BadInput"), end
+    assert re.search(r"^ckpt_output_dir: user \d+.*Read-only file system", end.words["message"])

@@ -57,9 +57,9 @@ bench-gpu: $(VENV)/.dev  ## the same on CUDA, with mini_trainer where it is inst
 bench-bases: $(VENV)/.dev ## the split beside a singular value decomposition, and its cache
 	PYTHONPATH=tests $(BIN)/python -m bench.decomposition $(ARGS)
 
-bench-data: $(VENV)/.dev ## packing and collation, and preparing a large file in little memory
-	$(BIN)/python tests/bench/packing.py
-	$(BIN)/python tests/bench/prepare_data.py
+bench-data: $(VENV)/.dev ## packing and collation, and preparing a large file (ARGS='2000 --kind json')
+	PYTHONPATH=tests $(BIN)/python -m bench.packing
+	PYTHONPATH=tests $(BIN)/python -m bench.prepare_data $(ARGS)
 
 JOBS ?= 1000
 RUNNING ?= 500

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic.alias_generators import to_camel
 
+from bench.data_tables import data_tables
 from bench.load_tables import load_tables
 from bench.retention_report import retention_tables, write_picture
 from bench.tables import training_tables
@@ -85,6 +86,7 @@ PARTS = {
         "launch parameters": launch_table,
         "retention benchmark": retention_tables,
         "training benchmark": training_tables,
+        "data benchmark": data_tables,
     },
     CHART: {"rules": rule_table, "metrics": metric_table, "load": load_tables},
 }

@@ -1,21 +1,25 @@
 """How long ranks wait for the fullest bin of a round, and how long collation takes.
 
-`python tests/bench/packing.py` prints a table for log-normal mixes of lengths: the share of rank
-time lost to padding (there is none) and waiting, beside longest-processing-time as mini_trainer's
-sampler does it, and beside what no plan can avoid: the longest sample of a batch, and the even
-share of its tokens, take at least their time.
+`make bench-data` prints a table for log-normal mixes of lengths: the share of rank time lost to
+padding (there is none) and waiting, beside longest-processing-time as mini_trainer's sampler does
+it, and beside what no plan can avoid: the longest sample of a batch, and the even share of its
+tokens, take at least their time. `--output FILE` writes the same as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from bench import machine
 from osft_trainer.packing import Plan, collate, lpt_rounds, pack
 
 LONG_PACK_TOKENS = 131_072
@@ -71,41 +75,60 @@ def waiting(mix: Mix, batches: int) -> dict[str, float]:
 
 
 def collation_milliseconds(samples: int, repeats: int) -> tuple[float, float]:
-    """Median and best time to lay so many samples, 131 k tokens together, end to end."""
+    """Median and best time of one core to lay so many samples, 131 k tokens together."""
     random = np.random.default_rng(2)
     lengths = random.multinomial(LONG_PACK_TOKENS - samples, np.ones(samples) / samples) + 1
     parts = [torch.from_numpy(random.integers(0, 50_000, size=n)) for n in lengths.tolist()]
     times = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = time.process_time()
         collate([(ids, ids) for ids in parts])
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return 1e3 * statistics.median(times), 1e3 * min(times)
+
+
+def packed(mix: Mix, batches: int) -> dict[str, Any]:
+    """The mix, the shares that are lost, and the milliseconds that a plan of a batch takes."""
+    begin = time.process_time()
+    for lengths in lengths_of(mix, batches):
+        pack(lengths, mix.world_size, mix.capacity)
+    milliseconds = 1e3 * (time.process_time() - begin) / batches
+    return {**asdict(mix), "waiting": waiting(mix, batches), "milliseconds": milliseconds}
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batches", type=int, default=50, help="batches per mix")
-    batches = parser.parse_args().batches
+    parser.add_argument("--output", type=Path, help="file for the result")
+    told = parser.parse_args()
+    torch.set_num_threads(1)  # times are a core's own, whatever else runs
     print("ranks  batch  capacity  longest   ours    LPT  least  ms a batch")
-    for mix in MIXES:
-        begin = time.perf_counter()
-        for lengths in lengths_of(mix, batches):
-            pack(lengths, mix.world_size, mix.capacity)
-        milliseconds = 1e3 * (time.perf_counter() - begin) / batches
-        share = waiting(mix, batches)
-        shares = "  ".join(f"{share[name]:5.2%}" for name in ("pack", "lpt", "least"))
+    mixes = [packed(mix, told.batches) for mix in MIXES]
+    for mix in mixes:
+        shares = "  ".join(f"{mix['waiting'][name]:5.2%}" for name in ("pack", "lpt", "least"))
         print(
-            f"{mix.world_size:5}  {mix.batch:5}  {mix.capacity:8}  {mix.longest:7}  {shares}  "
-            f"{milliseconds:10.1f}"
+            f"{mix['world_size']:5}  {mix['batch']:5}  {mix['capacity']:8}  {mix['longest']:7}  "
+            f"{shares}  {mix['milliseconds']:10.1f}"
         )
+    collations = []
     for samples in (300, 3000):
         median, best = collation_milliseconds(samples, 50)
+        collations.append({"samples": samples, "median_milliseconds": median, "best": best})
         print(
             f"collation of {LONG_PACK_TOKENS} tokens in {samples} samples: {median:.2f} ms, "
             f"at best {best:.2f} ms"
         )
+    if told.output:
+        result = {
+            "command": "make bench-data",
+            "machine": machine.processor(),
+            "date": machine.today(),
+            "tokens": LONG_PACK_TOKENS,
+            "mixes": mixes,
+            "collation": collations,
+        }
+        told.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

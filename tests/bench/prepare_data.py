@@ -1,8 +1,9 @@
 """Preparing a large data set: memory and speed.
 
-`python tests/bench/prepare_data.py 300` writes a chat data set of 300 MB as JSONL (`--kind json` or
+`make bench-data ARGS=300` writes a chat data set of 300 MB as JSONL (`--kind json` or
 `parquet` for others), prepares it in a fresh process, and prints the highest resident memory of
-that process before and after, and MB/s. Everything lies in a temporary folder.
+that process before and after, and MB/s. `--output FILE` writes the same as JSON. Everything else
+lies in a temporary folder.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bench import machine
 from osft_trainer.data import prepare
 
 KINDS = ("jsonl", "json", "parquet")
@@ -98,19 +101,36 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
 
 
-def prepare_here(path: Path, cache: Path) -> None:
-    """Prepare in this process and print what it took."""
+def prepare_here(path: Path, cache: Path) -> dict[str, Any]:
+    """Prepare in this process; gives what it took, in seconds and MB of 10^6 bytes."""
     tokenizer = make_tokenizer()
     before = peak_megabytes()
     begin, working = time.perf_counter(), time.process_time()
     prepared = prepare(path, tokenizer, max_seq_len=1 << 20, on_overlong="error", cache_root=cache)
     seconds, working = time.perf_counter() - begin, time.process_time() - working
-    size = path.stat().st_size / MEGABYTE
-    print(
-        f"{path.suffix[1:]}, {size:.0f} MB, {prepared.counts.rows} rows, {prepared.counts.tokens} "
-        f"tokens: {seconds:.0f} s, {size / seconds:.1f} MB/s ({size / working:.1f} MB per second "
-        f"of processor time); resident memory at most {peak_megabytes():.0f} MB, {before:.0f} MB "
-        "of it before the first row"
+    return {
+        "kind": path.suffix[1:],
+        "megabytes": round(path.stat().st_size / MEGABYTE),
+        "rows": prepared.counts.rows,
+        "tokens": prepared.counts.tokens,
+        "seconds": seconds,
+        "processor_seconds": working,
+        "resident_megabytes": peak_megabytes(),
+        "resident_megabytes_before_the_first_row": before,
+        "machine": machine.processor(),
+        "date": machine.today(),
+    }
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """The result for people."""
+    size = result["megabytes"]
+    return (
+        f"{result['kind']}, {size} MB, {result['rows']} rows, {result['tokens']} tokens: "
+        f"{result['seconds']:.0f} s, {size / result['seconds']:.1f} MB/s "
+        f"({size / result['processor_seconds']:.1f} MB per second of processor time); resident "
+        f"memory at most {result['resident_megabytes']:.0f} MB, "
+        f"{result['resident_megabytes_before_the_first_row']:.0f} MB of it before the first row"
     )
 
 
@@ -119,16 +139,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("megabytes", type=int, nargs="?", default=300)
     parser.add_argument("--kind", choices=KINDS, default="jsonl")
+    parser.add_argument("--output", type=Path, help="file for the result")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.prepare is not None:
-        prepare_here(told.prepare, told.prepare.parent / "cache")
+        json.dump(prepare_here(told.prepare, told.prepare.parent / "cache"), sys.stdout)
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"data.{told.kind}"
         write(path, told.megabytes * MEGABYTE)
-        command = [sys.executable, __file__, "--prepare", str(path)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "bench.prepare_data", "--prepare", str(path)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result = {
+        "command": f"make bench-data ARGS='{told.megabytes} --kind {told.kind}'",
+        **json.loads(done.stdout),
+    }
+    print(sentence(result))
+    if told.output:
+        told.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from osft_trainer.memory import converted, empty_model, memory_of
 from osft_trainer.model import convert, load_model
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import shard, start_world, stop_world
-from osft_trainer.planning import Report, energy_kept, make_report
+from osft_trainer.plan_report import Report
+from osft_trainer.planning import energy_kept, make_report
 from osft_trainer.report import RunFolder
 from osft_trainer.targets import plan_targets
 from tiny_models import save_tiny_model

@@ -25,7 +25,7 @@ from osft_trainer.data import prepare
 from osft_trainer.forward import loss_tokens, packed_loss
 from osft_trainer.model import load_model, load_tokenizer
 from osft_trainer.packing import MicroBatch, collate
-from osft_trainer.planning import pattern_of
+from osft_trainer.plan_report import pattern_of
 from osft_trainer.subspace import free_rank
 from osft_trainer.targets import Plan, Target, plan_targets
 

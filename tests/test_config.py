@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from osft_trainer.arguments import TrainerArguments, describe, explain, from_argv
-from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
+from osft_trainer.config import (
+    WHITE_SPACE,
+    LaunchParameters,
+    RunParameters,
+    TrainingParameters,
+)
 
 REQUIRED: dict[str, Any] = {
     "model_path": "/mnt/model",
@@ -255,3 +260,20 @@ def test_every_parameter_is_described() -> None:
     assert all(meaning for _, _, meaning in rows)
     assert {name for name, default, _ in rows if default == "required"} == set(REQUIRED)
     assert json.dumps(rows)
+
+
+def test_white_space_is_what_pydantic_strips() -> None:
+    """The API server's expressions know less; so it is spelt out."""
+    stripped = TypeAdapter(Annotated[str, StringConstraints(strip_whitespace=True)])
+    everything = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    found = [each for each in everything if stripped.validate_python(each) == ""]
+    single = TypeAdapter(Annotated[str, StringConstraints(pattern=f"[{WHITE_SPACE}]")])
+    assert found == [each for each in everything if _takes(single, each)]
+
+
+def _takes(adapter: TypeAdapter[str], text: str) -> bool:
+    try:
+        adapter.validate_python(text)
+    except ValidationError:
+        return False
+    return True

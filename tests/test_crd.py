@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job_samples import Object
+from job_samples import Object, job
 from osft_operator import crd
+from osft_operator.spec import OSFTJob
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +80,20 @@ def test_the_chart_has_the_same_definition() -> None:
     definition = yaml.safe_load(plain)
     assert definition["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
     assert definition == crd.crd()
+
+
+def test_a_text_that_must_say_something_is_not_blank() -> None:
+    """A length alone lets white space through."""
+    lax = [
+        path
+        for path, field in FIELDS
+        if path.startswith(".spec")
+        and field.get("minLength", 0) > 0
+        and not {"pattern", "enum"} & field.keys()
+    ]
+    assert lax == []
+
+
+def test_what_is_written_is_kept_as_it_is() -> None:
+    body = job({"spec.env": [{"name": "A", "value": " x "}]})
+    assert OSFTJob.model_validate(body).spec.env[0].value == " x "

@@ -13,6 +13,7 @@ from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
 from job_samples import RULES, SCHEMA, Object, Sample, job
 from osft_operator.crd_rules import RULES as CEL
+from osft_operator.spec import problems
 from osft_trainer.report import Progress
 from world import World
 
@@ -49,6 +50,38 @@ def test_each_rule_has_a_refused_sample(control_plane: ControlPlane, jobs_path: 
     fixed = [rule.message for rule in CEL if "oldSelf" in rule.rule]
     missing = [rule.message for rule in CEL if json.dumps(rule.message)[1:-1] not in said]
     assert sorted(missing) == sorted(fixed), "those are tested below"
+
+
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2007\u200a\u2028\u2029\u202f\u205f\u3000"
+NOT_WHITE = "\x00\x1b\x1c\x1f\x84\u180e\u200b\u2060\ufeff\U0001f600a"
+
+
+@pytest.mark.parametrize("character", WHITE + NOT_WHITE, ids=lambda text: f"U+{ord(text):04X}")
+def test_server_and_model_mean_the_same_by_white_space(
+    character: str, control_plane: ControlPlane, jobs_path: str
+) -> None:
+    c, accepted = character, {}
+    texts = [c, f"{c}x", f"x{c}", f"x{c}x"]
+    paths = [f"/{c}", f"/{c}x", f"/x{c}", f"{c}/x", f"/x/{c}"]
+    for field, values in (("training.modelPath", texts), ("storage.checkpoints.mountPath", paths)):
+        for value in values:
+            body = job({f"spec.{field}": value})
+            refusal = _refusal(control_plane, jobs_path, body)
+            assert (refusal == "") == (problems(body) == []), (value, refusal)
+            accepted[value] = refusal == ""
+    inside = {f"x{c}x", f"/{c}x"}
+    assert {value for value, is_so in accepted.items() if not is_so} == (
+        {*texts, *paths} - inside if c in WHITE else {f"{c}/x"}
+    )
+
+
+def _refusal(plane: ControlPlane, path: str, body: Object) -> str:
+    """The server's words; empty when it accepts."""
+    try:
+        plane.api.post(path + DRY, body)
+    except ApiError as error:
+        return error.message
+    return ""
 
 
 FIXED: list[tuple[str, Any]] = [

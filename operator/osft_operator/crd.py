@@ -153,7 +153,8 @@ def chart_template() -> str:
 def _dump(value: Object) -> str:
     import yaml  # an extra of the operator; the definition itself needs none
 
-    text: str = yaml.safe_dump(value, sort_keys=False, width=100, allow_unicode=True)
+    # with other characters escaped: some of those in patterns are line breaks to YAML
+    text: str = yaml.safe_dump(value, sort_keys=False, width=100)
     return text
 
 

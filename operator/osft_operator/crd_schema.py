@@ -36,9 +36,6 @@ def _convert(node: Object, definitions: Object) -> Object:
     if result.get("type") == "integer":
         small = abs(result.get("maximum", 2**63)) < 2**31
         result["format"] = "int32" if small else "int64"
-    if result.get("minLength", 0) >= 1 and not {"pattern", "enum"} & result.keys():
-        # the model strips texts before it asks for a length, the server does not
-        result["pattern"] = r"\S"
     if "items" in result:
         result["items"] = _convert(result["items"], definitions)
     if "properties" in result:

@@ -35,7 +35,7 @@ from osft_operator.spec_pod import (
 from osft_operator.spec_run import Rendezvous, Stall
 from osft_operator.spec_storage import Storage
 from osft_trainer.arguments import explain
-from osft_trainer.config import TrainingParameters
+from osft_trainer.config import Text, TrainingParameters
 
 LabelValue = Annotated[str, Field(min_length=1, max_length=63, pattern=LABEL_VALUE_PATTERN)]
 Node = Annotated[int, Field(ge=1, le=names.MAX_NODES)]
@@ -43,6 +43,9 @@ Node = Annotated[int, Field(ge=1, le=names.MAX_NODES)]
 
 class JobTraining(JobPart, TrainingParameters):
     """The osft() call: what to train, on what, how, and what to write."""
+
+    # of two bases, the last one's would win
+    model_config = JobPart.model_config
 
     ckpt_output_dir: Annotated[
         str, Field(min_length=2, max_length=1024, pattern=ABSOLUTE_PATH_PATTERN)
@@ -63,7 +66,7 @@ class JobSpec(JobPart):
     rendezvous: Rendezvous = Field(default_factory=Rendezvous)
     """How the processes of all nodes find each other. Fixed once started."""
 
-    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    image: Annotated[Text, Field(max_length=512)] | None = None
     """Trainer image. Absent: the operator's. Fixed once started."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """When to pull the image. Absent: the operator's."""

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.alias_generators import to_camel
 
-from osft_trainer.config import Parameters
+from osft_trainer.config import TEXT_PATTERN, WHITE_SPACE, Parameters, Text
 
 QUANTITY_PATTERN = (
     r"^([+]?([0-9]+(\.[0-9]*)?|\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE][-+]?[0-9]+))?$"
 )
-ABSOLUTE_PATH_PATTERN = r"^(/[^/:]+)+$"
+ABSOLUTE_PATH_PATTERN = rf"^(/[^/:]+)*/[^/:]*[^/:{WHITE_SPACE}]$"
 DNS_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 LABEL_VALUE_PATTERN = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 
@@ -27,7 +27,9 @@ KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
 
 PATTERN_WORDS = {
     QUANTITY_PATTERN: "must be a quantity, for instance 100Gi, 4 or 500m",
-    ABSOLUTE_PATH_PATTERN: "must be an absolute path without `:` or a last `/`, for instance /data",
+    ABSOLUTE_PATH_PATTERN: "must be an absolute path without `:`, a last `/` or white space at its "
+    "end, for instance /data",
+    TEXT_PATTERN: "must not be blank, nor begin or end with white space",
     DNS_NAME_PATTERN: "must be the name of an object: lower case letters, digits, `-` and `.`",
     LABEL_VALUE_PATTERN: "must be letters, digits, `-`, `_`, `.`, at both ends a letter or digit",
     KEY_PATTERN: "must be a key: letters, digits, `-`, `_` and `.`",
@@ -42,7 +44,7 @@ def _as_text(value: Any) -> Any:
 Quantity = Annotated[str, Field(min_length=1, max_length=32, pattern=QUANTITY_PATTERN)]
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_NAME_PATTERN)]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=512, pattern=ABSOLUTE_PATH_PATTERN)]
-SubPath = Annotated[str, Field(min_length=1, max_length=512)]
+SubPath = Annotated[Text, Field(max_length=512)]
 ResourceQuantity = Annotated[
     Quantity,
     BeforeValidator(_as_text),
@@ -58,7 +60,13 @@ _EXPONENT = re.compile(r"[-+]?[0-9]*\.?[0-9]+[eE][-+]?[0-9]+\Z")
 class JobPart(Parameters):
     """One object of the spec."""
 
-    model_config = ConfigDict(strict=True, validate_by_name=False, validate_by_alias=True)
+    model_config = ConfigDict(
+        strict=True,
+        validate_by_name=False,
+        validate_by_alias=True,
+        # the API server strips nothing, and what it stores is what there is
+        str_strip_whitespace=False,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from osft_operator import names
 from osft_operator.spec_part import JobPart, KeyName, ObjectName, Quantity, ResourceQuantity
+from osft_trainer.config import Text
 
 VariableName = Annotated[
     str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")
@@ -47,7 +48,7 @@ class SecretKey(JobPart):
 class FieldReference(JobPart):
     """A field of the pod itself."""
 
-    field_path: Annotated[str, Field(min_length=1, max_length=256)]
+    field_path: Annotated[Text, Field(max_length=256)]
     """For instance status.hostIP or metadata.labels['key']."""
 
 

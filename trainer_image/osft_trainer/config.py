@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
-Path = Annotated[str, Field(min_length=1, max_length=1024)]
+WHITE_SPACE = r"\t\n\v\f\r \x85\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""Inside a class of a regular expression: what Unicode calls so, and pydantic strips.
+
+Spelt out, since the API server, Python and editors each mean something else by `\\s`; the later
+ones as they are, since no spelling of them means the same to all four engines.
+"""
+TEXT_PATTERN = rf"^[^{WHITE_SPACE}]([\s\S]*[^{WHITE_SPACE}])?$"
+"""Not blank, and nothing at its ends to strip."""
+Text = Annotated[str, Field(min_length=1, pattern=TEXT_PATTERN)]
+"""A text that says something."""
+Path = Annotated[Text, Field(max_length=1024)]
 """A path as the trainer's process sees it."""
 
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
@@ -80,7 +90,7 @@ class TrainingParameters(Parameters):
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate of AdamW."""
 
-    target_patterns: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+    target_patterns: list[Annotated[Text, Field(max_length=256)]] | None = Field(
         default=None, min_length=1, max_length=64
     )
     """Regular expressions searched in module paths: which matrices are split. Absent: every linear
@@ -112,7 +122,7 @@ class TrainingParameters(Parameters):
     """Optimizer steps, in mode step."""
     max_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000_000_000)
     """Tokens that count for the loss, in mode token; the step that reaches it is the last."""
-    lr_scheduler: Annotated[str, Field(min_length=1, max_length=64)] = "cosine"
+    lr_scheduler: Annotated[Text, Field(max_length=64)] = "cosine"
     """Schedule by its transformers name: cosine, linear, constant, constant_with_warmup, ..."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=16)
     """Further arguments of the schedule, for instance {"num_cycles": 0.5}."""
@@ -144,7 +154,7 @@ class TrainingParameters(Parameters):
     """Rows hold plain documents instead of messages: joined, and cut into blocks of blockSize."""
     block_size: int | None = Field(default=None, ge=2, le=100_000_000)
     """Tokens of a block, which is one sample. Needed with isPretraining; at most maxSeqLen."""
-    document_column_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    document_column_name: Annotated[Text, Field(max_length=256)] | None = None
     """Where a row of isPretraining keeps its text. Absent: in `document`, else in `text`."""
     use_liger: bool = True
     """Liger kernels on CUDA. On CPU they do not exist: a line in the log says that they are off."""
@@ -187,19 +197,19 @@ class TrainingParameters(Parameters):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in exported folders. Absent: the base model's."""
 
-    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    wandb_project: Annotated[Text, Field(max_length=128)] | None = None
     """Weights & Biases project; its key comes from the environment (WANDB_API_KEY). With
     WANDB_MODE=offline the run lies in wandb/ in ckptOutputDir."""
-    wandb_entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    wandb_entity: Annotated[Text, Field(max_length=128)] | None = None
     """Weights & Biases team or user."""
-    wandb_run_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    wandb_run_name: Annotated[Text, Field(max_length=128)] | None = None
     """Name of the Weights & Biases run."""
-    mlflow_tracking_uri: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    mlflow_tracking_uri: Annotated[Text, Field(max_length=1024)] | None = None
     """MLflow server, a file: address, or a database (sqlite:///...), which needs the whole mlflow
     package; credentials come from the environment (MLFLOW_TRACKING_TOKEN, ...)."""
-    mlflow_experiment_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    mlflow_experiment_name: Annotated[Text, Field(max_length=256)] | None = None
     """MLflow experiment. Absent: Default."""
-    mlflow_run_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    mlflow_run_name: Annotated[Text, Field(max_length=256)] | None = None
     """Name of the MLflow run."""
     tensorboard: bool = False
     """Write events for TensorBoard to logs/ in ckptOutputDir."""
@@ -324,7 +334,7 @@ class TrainingParameters(Parameters):
 class RunParameters(Parameters):
     """Which run this is, and what to do with one that is already in the folder."""
 
-    run_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    run_id: Annotated[Text, Field(max_length=128)] | None = None
     """Identity of the run: the OSFTJob's uid. Absent: a fingerprint of data, arguments, model."""
     attempt: int = Field(default=1, ge=1, le=1_000_000)
     """Which try of the run this is; a save by an older attempt is refused."""

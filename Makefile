@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Ranks of one machine share its cores; a test that wants threads asks for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test soak check generate verify clean
+.PHONY: demo test soak check generate page verify clean
 .PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator bench-checkpoint
 SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py)
 
@@ -38,6 +38,9 @@ check: $(VENV)/.dev      ## style, types, import rules
 generate: $(VENV)/.dev   ## CRD, the chart's copy of it, README tables
 	$(BIN)/python -m osft_operator.crd
 	$(BIN)/python tests/readme_tables.py
+
+page: $(VENV)/.dev       ## what commands print, on the page for who runs the operator
+	OSFT_WRITE_PAGE=1 $(BIN)/python -m pytest tests/test_end_to_end_page.py tests/test_chart_install.py
 
 verify: generate         ## what is committed is what is generated
 	git diff --exit-code

@@ -168,11 +168,21 @@ def _chart_for(version: str) -> Path:
     return copied
 
 
+def notes(values: dict[str, Any]) -> str:
+    """What `helm install` prints."""
+    return _texts(values, CHART)[f"{CHART.name}/templates/NOTES.txt"].strip()
+
+
+def _texts(values: dict[str, Any], chart: Path) -> dict[str, str]:
+    with helm_python.Chart.load(chart) as loaded:
+        loaded.validate_schema(values)
+        found: dict[str, str] = loaded.render(values, name="osft", namespace=NAMESPACE)
+    return found
+
+
 @functools.cache
 def _rendered(values: str, version: str) -> list[dict[str, Any]]:
-    with helm_python.Chart.load(_chart_for(version)) as loaded:
-        loaded.validate_schema(json.loads(values))
-        texts = loaded.render(json.loads(values), name="osft", namespace=NAMESPACE)
+    texts = _texts(json.loads(values), _chart_for(version))
     documents = [
         _parsed(document)
         for path, text in texts.items()

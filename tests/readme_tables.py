@@ -19,6 +19,7 @@ from bench.data_tables import data_tables
 from bench.load_tables import load_tables
 from bench.retention_report import retention_tables, write_picture
 from bench.tables import training_tables
+from chart_rendering import notes
 from osft_operator import job_metrics
 from osft_operator.metrics import registry
 from osft_operator.policy_security import Rule
@@ -74,6 +75,11 @@ def metric_table() -> str:
     return "\n".join(lines)
 
 
+def install_notes() -> str:
+    """What `helm install` prints, as the README shows outputs."""
+    return "\n" + textwrap.indent(notes({}), "    ") + "\n"
+
+
 RUN_IN_YAML = {
     "run_id": "(the object's uid)",
     "attempt": "(the operator's count)",
@@ -88,7 +94,12 @@ PARTS = {
         "training benchmark": training_tables,
         "data benchmark": data_tables,
     },
-    CHART: {"rules": rule_table, "metrics": metric_table, "load": load_tables},
+    CHART: {
+        "notes": install_notes,
+        "rules": rule_table,
+        "metrics": metric_table,
+        "load": load_tables,
+    },
 }
 
 

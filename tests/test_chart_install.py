@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import job_samples
+import operators_page
 from chart_release import ACCOUNT, for_server, installed
 from cluster.api import ApiError, wait_for
 from cluster.binaries import Binaries
@@ -161,6 +162,14 @@ class Running:
         """The whole PyTorchJob: with its resourceVersion, so any write shows."""
         return self._plane.api.get(f"{self._pytorch_jobs}/run")
 
+    def told(self, command: str) -> operators_page.Said:
+        """What kubectl says of the PyTorchJob, as it stands on the page."""
+        columns = "NAME:.metadata.name,GENERATION:.metadata.generation"
+        columns += ",VERSION:.metadata.resourceVersion,RUNNING:.status.conditions[0].status"
+        arguments = f"get pytorchjob run -o custom-columns={columns}"
+        printed = self._plane.kubectl("-n", self._home, *arguments.split())
+        return f"{command} -n team {arguments}", printed
+
     def decided(self, name: str) -> dict[str, Any]:
         """The PyTorchJob of a further job: this operator has looked at everything by then."""
         self._plane.api.post(self._jobs, job_samples.job(name=name))
@@ -185,6 +194,7 @@ def test_running_jobs_notice_nothing_of_the_operators_life(
         running.roll_out()
         running.start()
         before, resolved = running.pytorch_job(), running.job()["status"]["resolved"]
+        said = [running.told("kubectl")]
 
         chart, needed = for_server(plane, tmp_path / "second")
         values: dict[str, Any] = {
@@ -202,6 +212,7 @@ def test_running_jobs_notice_nothing_of_the_operators_life(
         assert _image(running.decided("after-upgrade")) == "osft-trainer:newer"
         assert running.pytorch_job() == before
         assert running.job()["status"]["resolved"] == resolved
+        said.append(running.told("helm upgrade ...; kubectl"))
         told = running.metrics()
         assert told["osftjob_pytorchjobs_created_total"] >= 1
         assert told[f'leader_election_master_status{{name="osft-{home}"}}'] == 1
@@ -214,12 +225,15 @@ def test_running_jobs_notice_nothing_of_the_operators_life(
         running.roll_out()
         assert _image(running.decided("after-rollback")) == _image(before)
         assert running.pytorch_job() == before
+        said.append(running.told("helm rollback ...; kubectl"))
         job = running.job()
         running.stop()
     # uninstalled: no controller of ours is left, and no finalizer waits for one
     assert running.pytorch_job() == before
     assert running.job() == job
     assert "finalizers" not in job["metadata"]
+    said.append(running.told("helm uninstall ...; kubectl"))
+    operators_page.record("upgrade", *said)
 
 
 def test_account_may_do_its_work_and_no_more(

@@ -11,10 +11,11 @@ import yaml
 
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
-from job_samples import RULES, SCHEMA, Object, Sample, job
+from job_samples import Object, Sample, job
 from osft_operator.crd_rules import RULES as CEL
 from osft_operator.spec import problems
 from osft_trainer.report import Progress
+from rule_samples import RULES, SCHEMA
 from world import World
 
 pytestmark = pytest.mark.cluster

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from job_samples import MINIMAL, RULES, SCHEMA, Sample, job
+from job_samples import MINIMAL, Sample, job
 from osft_operator.policy import denials
 from osft_operator.resources import gpus, quantity, threads
 from osft_operator.spec import OSFTJob, problems
+from rule_samples import RULES, SCHEMA
 
 EQUAL_TO_SERVER = [*RULES, *SCHEMA]
 

@@ -172,6 +172,15 @@ class World:
                 self.gone = True
 
 
+def running(changes: dict[str, object] | None = None, count: int = 1, **metadata: object) -> World:
+    """A job whose pods all run."""
+    world = World(changes, **metadata)
+    world.settle()
+    world.run_pods(count=count)
+    world.settle()
+    return world
+
+
 def last_words(reason: str, code: int, message: str, progress: Progress | None = None) -> str:
     """What a trainer writes to its termination log."""
     return Termination(reason=reason, exit_code=code, message=message, progress=progress).to_json()

@@ -1,6 +1,6 @@
 {{/*
 The operator's settings as environment variables: all of them, so that the pod shows what is in force.
-The operator refuses to start on an OSFT_ variable it does not know; tests/test_chart.py holds this
+The operator refuses to start on an OSFT_ variable it does not know; tests/test_chart_values.py holds this
 list against osft_operator.settings. toJson keeps large numbers out of exponent form and turns an
 absent value into null.
 */}}

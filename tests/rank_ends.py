@@ -5,6 +5,7 @@ What goes wrong is brought about inside the process, by a function of this modul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -75,4 +76,14 @@ def a_limit_of_memory(root: Path, real: Callable[..., Any], *told: Any) -> Any:
 def a_newer_attempt(root: Path, real: Callable[..., Any], *told: Any) -> Any:
     newer = RunParameters(run_id=tiny.RUN_ID, attempt=2)
     claim(RunFolder(root), newer, Fingerprint({"data": "", "model": ""}))
+    return real(*told)
+
+
+def a_full_disk(disk: Path, real: Callable[..., Any], *told: Any) -> Any:
+    """Full but for some lines of metrics, which are no state."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**16))
+        file.truncate(file.tell() - 2**15)
     return real(*told)

@@ -299,6 +299,20 @@ def test_a_rank_says_in_one_object_what_it_ended_of(
     assert RunFolder(tmp_path / "run").complete_checkpoints()
 
 
+def test_a_rank_says_that_the_disk_is_full(
+    base: Path, disk: Path, undisturbed: dict[int, dict[str, Any]]
+) -> None:
+    # No best model: its export would meet the full disk before the state does.
+    told = parameters(base, disk / "run", save_best_val_loss=False)
+    fault = functools.partial(rank_ends.a_full_disk, disk)
+    end = rank_ends.end_of(told, disk.parent / "log", fault)
+    assert (end.code, end.words["exitCode"]) == (75, 75), end
+    assert "No space left on device; the states before it are whole" in end.words["message"]
+    (disk / "filler").unlink()
+    tiny.run(told)
+    assert results(told) == {k: v for k, v in undisturbed[1].items() if k != "best"}
+
+
 def test_a_rank_says_that_the_folder_is_read_only(base: Path, disk: Path) -> None:
     change(disk, "ro")
     end = rank_ends.end_of(parameters(base, disk / "run"), disk.parent / "log")

@@ -44,7 +44,24 @@ def test_an_exception_comes_out_where_its_item_would_have() -> None:
         next(coming)
 
 
-def test_stopping_early_closes_the_source_and_ends_the_thread() -> None:
+def test_no_more_is_made_than_is_wanted_and_the_source_is_closed() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        try:
+            for number in range(9):
+                made.append(number)
+                yield number
+        finally:
+            made.append(-1)
+
+    assert list(prefetched(items(), 3)) == [0, 1, 2]
+    assert made == [0, 1, 2, -1]
+    assert list(prefetched(items(), 0)) == []
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_stopping_early_closes_the_source_and_ends_the_thread(limit: int | None) -> None:
     closed = threading.Event()
 
     def items() -> Iterator[int]:
@@ -56,7 +73,7 @@ def test_stopping_early_closes_the_source_and_ends_the_thread() -> None:
         finally:
             closed.set()
 
-    coming = prefetched(items())
+    coming = prefetched(items(), limit)
     assert next(coming) == 0
     coming.close()  # type: ignore[attr-defined]
     assert closed.is_set()

@@ -1,9 +1,9 @@
 """States to resume from: `checkpoints/step-NNNNNNNN/`, there whole or not at all.
 
 Lives here: giving a written state its name, finding the newest one that is intact, loading it on
-any number of ranks, and removing old ones. Called by `train` (loading, by all ranks together) and
-by `saving`. Must never: use pickle, leave a half-written folder under a name that counts, or remove
-the newest state.
+any number of ranks, and removing old ones. Called by `train` (loading, by all ranks together),
+`saving` and `export_checkpoint` (reading one state). Must never: use pickle, leave a half-written
+folder under a name that counts, or remove the newest state.
 
 A folder holds `state.json` (where the run stands and whose it is), per rank the files of `shards`,
 and COMPLETE, written last. There is no state of random numbers or of the schedule: both follow from

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ class Loop:
             start_batch=position.batch,
         )
         left = None if self.total_steps is None else max(0, self.total_steps - position.step)
-        yield from prefetched(islice(found, left))
+        yield from prefetched(found, left)
 
     def _step(self, batch: GlobalBatch, position: Position) -> Step:
         begin = time.monotonic()

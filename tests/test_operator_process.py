@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import pytorchjob_crd
 from operator_process import OperatorProcess
+from osft_operator.observed import time_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 
@@ -178,6 +179,29 @@ def test_a_name_that_is_taken_is_said_and_used_when_free(
 
     wait_for("a condition that names the owner of the name", said)
     assert scene.uids(scene.pytorch_jobs) == {"run": uid}
+
+
+LATE_SECONDS = 5.0
+"""What is due at a time is done so soon after it."""
+
+
+def test_a_deadline_and_a_time_to_live_are_kept_on_time(
+    operator: OperatorProcess, scene: Scene, record_property: Callable[[str, object], None]
+) -> None:
+    limits = {"spec.activeDeadlineSeconds": 8, "spec.ttlSecondsAfterFinished": 6}
+    scene.apply(job_samples.job(limits, name="short"))
+    wait_for("the deadline", lambda: scene.status("short").get("completionTime"))
+    status = scene.status("short")
+    assert status["reason"] == "DeadlineExceeded"
+    ended = time_of(status["completionTime"]).timestamp()
+    deadline_late = ended - time_of(status["startTime"]).timestamp() - 8
+    wait_for("its deletion", lambda: "short" not in scene.uids(scene.jobs))
+    deletion_late = time.time() - ended - 6
+    record_property("deadline_late_seconds", deadline_late)
+    record_property("deletion_late_seconds", deletion_late)
+    print(f"deadline {deadline_late:.1f} s late, deletion {deletion_late:.1f} s late")
+    assert 0 <= deadline_late < LATE_SECONDS
+    assert -1 <= deletion_late < LATE_SECONDS  # times in a status are whole seconds
 
 
 def test_a_retained_claim_is_taken_again(operator: OperatorProcess, scene: Scene) -> None:

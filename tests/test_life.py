@@ -268,6 +268,15 @@ def test_what_is_not_heard_now_is_no_reason_to_restart() -> None:
     assert world.made == 1
 
 
+def test_pods_that_cannot_be_asked_are_said_to_stand_still() -> None:
+    world = running({"spec.stall": {"timeoutSeconds": 600}})
+    del world.pods[0]["status"]["podIP"]
+    world.listening = 0.0
+    world.wait(600)
+    world.settle()
+    assert world.condition("Stalled")["status"] == "True"
+
+
 @pytest.mark.parametrize("step", [7, 900])
 def test_a_new_operator_listens_before_it_judges(step: int) -> None:
     """It was away for an hour: the recorded step is old, the run may be well."""

@@ -22,6 +22,7 @@ from cluster.binaries import Binaries
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import pytorchjob_crd
 from operator_process import OperatorProcess
+from osft_operator.names import JOB_LABEL, REPLICA_INDEX_LABEL, REPLICA_TYPE_LABEL
 from osft_operator.observed import time_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
@@ -202,6 +203,46 @@ def test_a_deadline_and_a_time_to_live_are_kept_on_time(
     print(f"deadline {deadline_late:.1f} s late, deletion {deletion_late:.1f} s late")
     assert 0 <= deadline_late < LATE_SECONDS
     assert -1 <= deletion_late < LATE_SECONDS  # times in a status are whole seconds
+
+
+def test_a_run_that_stands_still_is_noticed_on_time(
+    operator: OperatorProcess, scene: Scene, record_property: Callable[[str, object], None]
+) -> None:
+    """A minute is the shortest that can be asked for."""
+    scene.apply(job_samples.job({"spec.stall": {"timeoutSeconds": 60}}, name="still"))
+    wait_for("the PyTorchJob", lambda: scene.status("still").get("pyTorchJobUID"))
+    _run_pod(scene, "still")
+    wait_for("the run", lambda: scene.status("still").get("phase") == "Running")
+    began = time_of(scene.condition("still", "Running")["lastTransitionTime"]).timestamp()
+    wait_for(
+        "the stall",
+        lambda: scene.condition("still", "Stalled")["status"] == "True",
+        timeout_seconds=90,
+    )
+    noticed = time_of(scene.condition("still", "Stalled")["lastTransitionTime"]).timestamp()
+    stall_late = noticed - began - 60
+    record_property("stall_late_seconds", stall_late)
+    print(f"stall noticed {stall_late:.1f} s late")
+    assert 0 <= stall_late < LATE_SECONDS
+
+
+def _run_pod(scene: Scene, job: str) -> None:
+    """A pod as the training-operator makes it, that runs and does not answer."""
+    pods = scene.path("/api/v1", "pods")
+    owner = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "name": job}
+    owner |= {"uid": scene.status(job)["pyTorchJobUID"], "controller": True}
+    name = f"{job}-master-0"
+    labels = {JOB_LABEL: job, REPLICA_TYPE_LABEL: "master", REPLICA_INDEX_LABEL: "0"}
+    metadata = {"name": name, "labels": labels, "ownerReferences": [owner]}
+    spec = {"containers": [{"name": "pytorch", "image": "trainer:1"}]}
+    scene.plane.api.post(
+        pods, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    )
+    state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    container = {"name": "pytorch", "image": "trainer:1", "imageID": "", "ready": True}
+    container |= {"restartCount": 0, "state": state}
+    status = {"phase": "Running", "podIP": "127.0.0.1", "containerStatuses": [container]}
+    scene.plane.api.patch(f"{pods}/{name}/status", {"status": status})
 
 
 def test_a_retained_claim_is_taken_again(operator: OperatorProcess, scene: Scene) -> None:

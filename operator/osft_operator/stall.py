@@ -34,7 +34,8 @@ def judge(draft: Draft, run: RunPolicy) -> None:
         draft.look_again(left)
         return
     unheard = LISTEN_SECONDS - draft.observed.listening_seconds
-    if draft.observed.progress is None and unheard > 0:
+    # where there is nobody to ask, nothing is waited for
+    if draft.observed.progress is None and draft.poll and unheard > 0:
         draft.look_again(unheard)
         return
     words = _words(draft)

@@ -49,10 +49,27 @@ class SoakRecord:
         known = json.loads(self._path.read_text()) if self._path.exists() else {}
         files = known.get("files", {})
         for name, new in self._files.items():
-            tests = {**files.get(name, {}).get("tests", {}), **new["tests"]}
+            tests = {**files.get(name, {}).get("tests", {}), **_folded(new["tests"])}
             files[name] = {"date": new["date"], "tests": dict(sorted(tests.items()))}
         whole = {"machine": _machine(), "command": COMMAND, "files": dict(sorted(files.items()))}
         self._path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _folded(tests: dict[str, Any]) -> dict[str, Any]:
+    """The cases of one test as one entry, unless they have figures of their own."""
+    found: dict[str, Any] = {}
+    for test, entry in tests.items():
+        function, _, case = test.partition("[")
+        if not case or entry.keys() - {"outcome", "test_seconds"}:
+            found[test] = entry
+            continue
+        whole = found.setdefault(function, {"outcome": "skipped", "test_seconds": 0.0, "cases": 0})
+        # failed before passed before skipped
+        whole["outcome"] = min(whole["outcome"], entry["outcome"])
+        whole["cases"] += 1
+        seconds = whole["test_seconds"] + entry.get("test_seconds", 0.0)
+        whole["test_seconds"] = round(seconds, DIGITS)
+    return found
 
 
 def _plain(value: object) -> object:

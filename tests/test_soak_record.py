@@ -31,6 +31,14 @@ def broken():
 def test_cannot_begin(broken):
     pass
 
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_of_cases(case):
+    assert case != 2
+
+@pytest.mark.parametrize("case", [0])
+def test_of_measured_cases(case, record_property):
+    record_property("figure", 7)
+
 @pytest.mark.skip
 def test_is_left_out():
     pass
@@ -58,11 +66,15 @@ def test_outcomes_and_figures_are_written(tmp_path: Path) -> None:
     assert {name: entry["outcome"] for name, entry in tests.items()} == {
         "test_measures": "passed",
         "test_fails": "failed",
+        "test_of_cases": "failed",
+        "test_of_measured_cases[0]": "passed",
         "test_cannot_begin": "failed",
         "test_is_left_out": "skipped",
     }
     assert tests["test_measures"]["recovery_seconds"] == 1.235
     assert tests["test_measures"]["kills"] == 50
+    assert tests["test_of_cases"]["cases"] == 3
+    assert tests["test_of_measured_cases[0]"]["figure"] == 7
     assert 0 <= tests["test_measures"]["test_seconds"] < 60
 
 
@@ -70,7 +82,7 @@ def test_what_did_not_run_this_time_stays(tmp_path: Path) -> None:
     (tmp_path / "test_long.py").write_text(TESTS)
     before = session(tmp_path)["files"]["test_long.py"]["tests"]
     (tmp_path / "test_long.py").write_text(TESTS.replace("1.23456", "2").replace("50", "7"))
-    after = session(tmp_path, "-k", "measures")["files"]["test_long.py"]["tests"]
+    after = session(tmp_path, "-k", "test_measures")["files"]["test_long.py"]["tests"]
     assert after.pop("test_measures")["kills"] == 7
     before.pop("test_measures")
     assert after == before

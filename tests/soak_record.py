@@ -20,6 +20,8 @@ COMMAND = "make soak"
 RESULT = Path(__file__).parent / "bench" / "results" / "soak.json"
 DIGITS = 3
 """Of a figure, behind the point."""
+WORST_FIRST = ("failed", "unfinished", "passed", "skipped")
+"""Outcomes; unfinished is a test that was interrupted."""
 
 
 class SoakRecord:
@@ -35,8 +37,8 @@ class SoakRecord:
         path, _, test = report.nodeid.partition("::")
         today = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "tests": {}}
         tests = self._files.setdefault(Path(path).name, today)["tests"]
-        entry = tests.setdefault(test, {"outcome": "passed"})
-        if report.outcome != "passed":
+        entry = tests.setdefault(test, {"outcome": "unfinished"})
+        if report.outcome != "passed" or report.when == "call":
             entry["outcome"] = report.outcome
         if report.when == "call":
             entry["test_seconds"] = round(report.duration, DIGITS)
@@ -64,8 +66,7 @@ def _folded(tests: dict[str, Any]) -> dict[str, Any]:
             found[test] = entry
             continue
         whole = found.setdefault(function, {"outcome": "skipped", "test_seconds": 0.0, "cases": 0})
-        # failed before passed before skipped
-        whole["outcome"] = min(whole["outcome"], entry["outcome"])
+        whole["outcome"] = min(whole["outcome"], entry["outcome"], key=WORST_FIRST.index)
         whole["cases"] += 1
         seconds = whole["test_seconds"] + entry.get("test_seconds", 0.0)
         whole["test_seconds"] = round(seconds, DIGITS)

@@ -42,6 +42,9 @@ def test_of_measured_cases(case, record_property):
 @pytest.mark.skip
 def test_is_left_out():
     pass
+
+def test_is_interrupted():
+    raise KeyboardInterrupt
 """
 
 
@@ -70,6 +73,7 @@ def test_outcomes_and_figures_are_written(tmp_path: Path) -> None:
         "test_of_measured_cases[0]": "passed",
         "test_cannot_begin": "failed",
         "test_is_left_out": "skipped",
+        "test_is_interrupted": "unfinished",
     }
     assert tests["test_measures"]["recovery_seconds"] == 1.235
     assert tests["test_measures"]["kills"] == 50

@@ -41,7 +41,7 @@ def test_killed_operator_loses_and_repeats_nothing(jobs: Jobs, operator: Operato
     operator.kill()
     jobs.apply(short("orphan"))
     operator.start()
-    jobs.wait_phase("orphan", "Starting", "Running")
+    wait_for("the PyTorchJob", lambda: jobs.children("pytorchjobs"))
     operator.kill()
     uids = {child["metadata"]["uid"] for child in jobs.children("pytorchjobs")}
     operator.start()

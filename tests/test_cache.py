@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from osft_operator.cache import Cache
-from osft_operator.cluster import KindMissing, Listing
+from osft_operator.cluster import KindMissing, Listing, Unavailable
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PODS, PYTORCHJOBS, Kind
 from osft_operator.metrics import registry
 from osft_operator.names import JOB_LABEL
@@ -158,3 +158,28 @@ def test_a_list_that_is_only_faster_than_the_watch_is_no_drift(told: bool) -> No
     resync.settle()
     resync.settle()
     assert drift() == before + (0 if told else 1)
+
+
+class BrokenLists(Lists):
+    """A server that fails after the first page of pods."""
+
+    is_broken = True
+
+    async def pages(self, kind: Kind, *_: object, **__: object) -> AsyncIterator[Listing]:
+        if kind is OSFTJOBS:
+            yield Listing([body("other", self.version, uid="other")], str(self.version))
+        if kind is PODS:
+            yield Listing([body("p", self.version, uid="p", job="job")], str(self.version))
+            if self.is_broken:
+                raise Unavailable("the second page")
+            yield Listing([], str(self.version))
+
+
+def test_news_of_a_list_that_fails_are_told_by_the_next() -> None:
+    server = BrokenLists()
+    resync = Resync(server, Cache(), [])  # type: ignore[arg-type]
+    with pytest.raises(Unavailable):
+        asyncio.run(resync.run())
+    server.is_broken = False
+    assert asyncio.run(resync.run()) == {KEY, Key("n", "other")}
+    assert asyncio.run(resync.run()) == set()

@@ -228,3 +228,15 @@ def test_what_has_no_hurry_lets_others_go_first_and_still_has_its_turn() -> None
         assert len(queue) == 0
 
     asyncio.run(story())
+
+
+def test_unhurried_news_of_a_key_that_is_worked_on_is_not_lost() -> None:
+    async def story() -> None:
+        queue = make()
+        queue.add(A1)
+        assert await queue.get() == A1
+        queue.add_unhurried(A1)
+        queue.done(A1)
+        assert await queue.get() == A1
+
+    run(story)

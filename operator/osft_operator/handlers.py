@@ -178,11 +178,13 @@ class Watches:
 
     def _hand_on(self) -> None:
         """What was told since, on the main loop."""
-        for _ in range(TOLD_AT_ONCE):
-            if not self._told:
-                return
-            self._seen(*self._told.popleft())
-        self._loop.call_soon(self._hand_on)
+        try:
+            for _ in range(min(TOLD_AT_ONCE, len(self._told))):
+                self._seen(*self._told.popleft())
+        finally:
+            # also after an error, or nothing would ever be handed on again
+            if self._told:
+                self._loop.call_soon(self._hand_on)
 
 
 def _login(**arguments: Any) -> Any:

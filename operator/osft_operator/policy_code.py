@@ -54,6 +54,7 @@ LOADING = (
     "FI_PROVIDER_PATH",
     "OMP_TOOL_LIBRARIES",
     "RDMAV_DRIVERS",
+    "UCC_COMPONENT_PATH",
     "UCX_MODULE_DIR",
 )
 """Further variables that do, by their whole name."""

@@ -82,7 +82,10 @@ class WorkQueue:
 
     def add_unhurried(self, key: Key) -> None:
         """Let the key be worked on when nothing else waits, or at every so many turns."""
-        if key not in self._working and key not in self._waiting.get(key.namespace, ()):
+        if key in self._working:
+            # it may have read the cache before this news came
+            self._again.add(key)
+        elif key not in self._waiting.get(key.namespace, ()):
             self._unhurried[key] = None
             self._changed.set()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, selector
@@ -48,6 +48,10 @@ class Resync:
         self._namespaces: Sequence[str | None] = namespaces or [None]
         self._synced: frozenset[Kind] = frozenset()
         self._untold: dict[tuple[Kind, Key], float] = {}
+        # The cache tells of a change once. What it told while a list, or one beside it, failed is
+        # news of the next one that is read to its end.
+        self._half_read: dict[Place, set[Key]] = {}
+        self._unsaid: set[Key] = set()
         self.versions: dict[Place, str] = {}
         """resourceVersion of the last list, by kind and namespace."""
 
@@ -71,7 +75,6 @@ class Resync:
         Raises:
             ClusterError: when a list could not be read; nothing is forgotten then.
         """
-        changed: set[Key] = set()
         present = set()
         # The kinds beside each other: the API server is busy with each for a while.
         lists = await asyncio.gather(*map(self._list, WATCHED), return_exceptions=True)
@@ -83,11 +86,11 @@ class Resync:
                 # yet, and a job whose PyTorchJob seems to be gone would be started a second time.
                 continue
             present.add(kind)
-            changed |= found
             if kind in self._synced:
                 now = self._clock()
                 self._untold |= {(kind, key): now for key in found}
         self._synced = frozenset(present)
+        changed, self._unsaid = self._unsaid, set()
         return changed
 
     def told(self, kind: Kind, key: Key) -> None:
@@ -113,9 +116,11 @@ class Resync:
         changed: set[Key] = set()
         for namespace in self._namespaces:
             try:
-                changed |= await self.take(kind, namespace)
+                news = await self.take(kind, namespace)
             except KindMissing:
                 return None
+            changed |= news
+            self._unsaid |= news
         return changed
 
     async def take(self, kind: Kind, namespace: str | None) -> set[Key]:
@@ -125,13 +130,18 @@ class Resync:
             ClusterError: when it could not be read; nothing is forgotten then.
         """
         # Page by page: ten thousand whole objects are more than all that is kept.
-        changed: set[Key | None] = set()
+        changed = self._half_read.setdefault((kind, namespace), set())
         present: set[str] = set()
         version = ""
         async for page in self._cluster.pages(kind, namespace, labels=selector(kind)):
-            changed |= {self._cache.put(kind, body) for body in page.items}
+            changed |= _known(self._cache.put(kind, body) for body in page.items)
             present |= {body["metadata"]["uid"] for body in page.items}
             version = page.version
         changed |= self._cache.sweep(kind, namespace, present, version)
+        self._half_read.pop((kind, namespace), None)
         self.versions[kind, namespace] = version
-        return {key for key in changed if key is not None}
+        return changed
+
+
+def _known(keys: Iterable[Key | None]) -> set[Key]:
+    return {key for key in keys if key is not None}

@@ -120,6 +120,12 @@ def test_the_reason_for_a_dense_mask_is_told(
     assert model.config._attn_implementation != attention.NAME
 
 
+def test_a_family_that_is_not_packed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PACKED_FAMILIES", frozenset())
+    reason = use_variable_length(tiny_model("llama"), torch.device("cuda"))
+    assert reason == "samples of llama are padded, not packed"
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])

@@ -29,6 +29,12 @@ from transformers.masking_utils import sdpa_mask
 NAME = "osft_variable_length"
 """The attention's name in transformers' registry and in a model's configuration."""
 
+PACKED_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"}
+    | {"gpt2", "mixtral", "qwen2_moe", "qwen3_moe"}
+)
+"""config.model_type values for which packing and the chunked head are tested."""
+
 NEEDS_WINDOW_ARGUMENT = frozenset({"qwen2_moe"})
 """Families that tell a sliding window to the mask alone."""
 
@@ -37,8 +43,10 @@ def use_variable_length(model: PreTrainedModel, device: torch.device) -> str | N
     """Let packed rows of this model take the variable-length kernel.
 
     Returns:
-        None when they do, else one line why they keep a dense mask, for the caller to log.
+        None when they do, else one line why they do not, for the caller to log.
     """
+    if model.config.model_type not in PACKED_FAMILIES:
+        return f"samples of {model.config.model_type} are padded, not packed"
     reason = _unusable(model, device) or _failure_of_kernel(model, device)
     if reason is not None:
         return f"packed samples are kept apart by a dense mask: {reason}"
@@ -104,6 +112,8 @@ def variable_length_attention(
             ),
         )
     assert dropout == 0.0, "models with attention dropout keep a dense mask"
+    unheard = [name for name in ("softcap", "s_aux") if others.get(name) is not None]
+    assert not unheard, unheard
     borders, longest = attention_mask[0, 0, 0], max_length_q or query.shape[2]
     heads = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     if query.device.type == "cuda":

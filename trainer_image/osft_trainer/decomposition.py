@@ -48,6 +48,8 @@ _PROBE_TOKENS = 16
 """Enough to see which matrices share an input: every input of the pass is held at one time."""
 _USED_SHARE = "usedShare"
 """Entry of a file's metadata."""
+_GROUP = "sharedBasis"
+"""Another: equal in the files that hold the same."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,29 @@ class Decompositions:
     digest: str
     """What decides the bases: base model, ranks, parameterisation. Recorded in checkpoints."""
     plan: Plan
-    _shared: dict[tuple[int, int], Split] = field(default_factory=dict, repr=False, compare=False)
-    """What was read of a file with several names, by device and number of the file."""
+    _shared: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)
+    """What was read of files that hold the same, by what they say of themselves."""
 
     def decompose(self, target: Target, weight: Tensor) -> Split:
         """The target's bases, read from its file. What `model.convert` calls.
 
         On the CPU they are mapped, not copied: the ranks of a node share one copy in the page
         cache until each has taken its rows, so none ever holds the whole factored model.
-        Targets whose files are one file get the same parameter.
+        Targets whose files say that they hold the same get the same parameter. The files say it,
+        not their inodes: all ranks must agree, and what a node sees of links may be old.
         """
         if not _parts(target, self.plan):
             return Split()
         path = self.path(target)
-        about = path.stat()
-        key = (about.st_dev, about.st_ino)
-        if key in self._shared:
-            return self._shared[key]
+        with safe_open(path, "pt") as file:
+            group = (file.metadata() or {}).get(_GROUP)
+        if group in self._shared:
+            return self._shared[group]
         parts = load_file(path, device=str(weight.device))
-        if about.st_nlink == 1:
+        if group is None:
             return Split.from_tensors(parts)
         found = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
-        return self._shared.setdefault(key, Split.from_tensors(found))
+        return self._shared.setdefault(group, Split.from_tensors(found))
 
     def used_share(self, target: Target) -> float | None:
         """Share of the old inputs' energy in the free directions; see `activations.used_share`.
@@ -304,8 +307,9 @@ def _read(
             if name in written and _link(written[name], path, world):
                 continue
             part = basis.mT.contiguous() if name == "free_rows" else basis
-            _save(path, {name: part}, world, {_USED_SHARE: repr(share)})
-            written[name] = path
+            facts = {_USED_SHARE: repr(share), _GROUP: written.get(name, path).name}
+            _save(path, {name: part}, world, facts)
+            written.setdefault(name, path)
 
 
 def _link(whole: Path, path: Path, world: World) -> bool:

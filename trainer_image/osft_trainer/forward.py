@@ -28,16 +28,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from osft_trainer.attention import packed_arguments, sample_lengths
+from osft_trainer.attention import PACKED_FAMILIES, packed_arguments, sample_lengths
 
 IGNORED = -100
 """Label that does not count."""
-
-PACKED_FAMILIES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"}
-    | {"gpt2", "mixtral", "qwen2_moe", "qwen3_moe"}
-)
-"""config.model_type values for which packing and the chunked head are tested."""
 
 _CHUNK_TOKENS = 1024
 """Labelled tokens whose logits exist at one time."""

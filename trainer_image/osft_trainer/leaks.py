@@ -11,6 +11,7 @@ are matrices; the export measures all of them at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
@@ -20,7 +21,7 @@ from osft_trainer.model import OSFTModel
 EVERY_STEPS = 10
 """The steps 1, 11, 21, ... are followed by a measurement."""
 
-MAX_BYTES = 2**30
+MAX_BYTES = 2**29
 """Of one update in float64, of which a few exist at one time. Tensors of many experts are larger:
 they are measured by the export alone."""
 
@@ -37,8 +38,9 @@ class Leak:
     """Of what is left of it when W + dW is rounded to the exported type."""
 
     def to_row(self) -> dict[str, float | str]:
-        """By the names of metrics.jsonl."""
-        return {"leak": self.trained, "leakExported": self.exported, "leakMatrix": self.matrix}
+        """By the names of metrics.jsonl, without what is not finite."""
+        found = {"leak": self.trained, "leakExported": self.exported}
+        return {"leakMatrix": self.matrix, **{k: v for k, v in found.items() if isfinite(v)}}
 
 
 class LeakWatch:

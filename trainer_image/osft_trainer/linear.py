@@ -157,13 +157,12 @@ class SubspaceWeight(nn.Module):
             delta = self._whole_delta(torch.float64)
         else:
             delta = self.dense().to(exported).double() - full(self.base).double()
-        total = delta.norm()
-        if total == 0:
-            return 0.0
         rows = _kept_part(self.kept_rows, self.free_rows, delta)
         # The other side is the same of the transposed.
         cols = _kept_part(_transposed(self.kept_cols), _transposed(self.free_cols), delta.mT)
-        return float(torch.maximum(rows.norm(), cols.norm()) / total)
+        # Divided at the end: the bases are gathered by all ranks or by none.
+        total = float(delta.norm())
+        return float(torch.maximum(rows.norm(), cols.norm())) / total if total else 0.0
 
     def _near_parts(self) -> list[Tensor]:
         """What multiplies from the left in dW: every row of dW needs the same row of it."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from osft_trainer.attention import PACKED_FAMILIES
 from osft_trainer.decomposition import part_shapes
-from osft_trainer.forward import PACKED_FAMILIES
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.subspace import Split

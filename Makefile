@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate page verify clean
-.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-operator bench-checkpoint
+.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-plan bench-operator bench-checkpoint
 SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py)
 
 
@@ -63,6 +63,9 @@ bench-bases: $(VENV)/.dev ## the split beside a singular value decomposition, an
 bench-data: $(VENV)/.dev ## packing and collation, and preparing a large file (ARGS='2000 --kind json')
 	PYTHONPATH=tests $(BIN)/python -m bench.packing
 	PYTHONPATH=tests $(BIN)/python -m bench.prepare_data $(ARGS)
+
+bench-plan: $(VENV)/.dev ## the memory that `osft plan` foretells beside what a training takes
+	PYTHONPATH=tests $(BIN)/python -m bench.plan_memory $(ARGS)
 
 JOBS ?= 1000
 RUNNING ?= 500

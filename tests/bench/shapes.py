@@ -27,6 +27,19 @@ SHAPES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "llama-27m": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "vocab_size": 8192,
+            "hidden_size": 384,
+            "intermediate_size": 1152,
+            "num_hidden_layers": 11,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "tie_word_embeddings": False,
+        },
+    ),
     # MLP 3.5 times as wide, as Llama 3's
     "llama-100m": (
         LlamaForCausalLM,

@@ -1,0 +1,121 @@
+"""What `osft plan` says a process will need, beside what a training really takes.
+
+`make bench-plan` trains a 27 M Llama for two optimizer steps on the CPU, each setting in a fresh
+process, and prints the plan's estimate beside the highest resident memory of the steps, less what
+the process held before it read the model. `--output FILE` writes the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tiny
+from bench import machine, shapes
+from osft_trainer.config import TrainingParameters
+from osft_trainer.loop import Loop
+from osft_trainer.planning import make_report
+
+SHAPE = "llama-27m"
+SETTINGS: list[dict[str, Any]] = [
+    {"parameterization": "exact", "activation_checkpointing": True, "max_tokens_per_gpu": 1024},
+    {"parameterization": "exact", "activation_checkpointing": True, "max_tokens_per_gpu": 4096},
+    {"parameterization": "exact", "activation_checkpointing": False, "max_tokens_per_gpu": 4096},
+    {"parameterization": "core", "activation_checkpointing": True, "max_tokens_per_gpu": 4096},
+]
+SAMPLE_LETTERS = 500
+"""Of a question, and of its answer; a letter is a token."""
+MEGABYTE = 1_000_000
+
+
+def measure(folder: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """Plan and train here; MB of 10^6 bytes."""
+    told = _parameters(folder, setting)
+    memory = make_report(told, processes=1, device="cpu", energy=False).memory
+    before = _resident("VmRSS")
+    run = Loop.run
+
+    def watched(loop: Loop, *arguments: Any) -> Any:
+        # Loading and decomposing are over: from here on the kernel notes the highest anew.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return run(loop, *arguments)
+
+    Loop.run = watched  # type: ignore[method-assign]
+    tiny.run(told)
+    return {
+        **setting,
+        "planned": {name: size / MEGABYTE for name, size in memory.to_json().items()},
+        "measured": (_resident("VmHWM") - before) / MEGABYTE,
+    }
+
+
+def _parameters(folder: Path, setting: dict[str, Any]) -> TrainingParameters:
+    return tiny.training(
+        folder / "model",
+        folder / "data.jsonl",
+        folder / "run",
+        unfreeze_rank_ratio=0.25,
+        effective_batch_size=4,
+        max_seq_len=1024,
+        training_mode="step",
+        max_steps=2,
+        save_final_checkpoint=False,
+        **setting,
+    )
+
+
+def _resident(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def _write_data(path: Path) -> None:
+    turns = [
+        {"role": role, "content": letter * SAMPLE_LETTERS}
+        for role, letter in (("user", "x"), ("assistant", "y"))
+    ]
+    path.write_text(f"{json.dumps({'messages': turns})}\n" * 8, encoding="utf-8")
+
+
+def main() -> None:
+    """Every setting in a process of its own, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="file for the result")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    if told.one is not None:
+        json.dump(measure(Path(told.one[0]), json.loads(told.one[1])), sys.stdout)
+        return
+    found = []
+    for setting in SETTINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            shapes.save(SHAPE, Path(folder) / "model", torch.float32)
+            _write_data(Path(folder) / "data.jsonl")
+            command = [sys.executable, "-m", "bench.plan_memory", "--one", folder]
+            done = subprocess.run(
+                [*command, json.dumps(setting)], check=True, stdout=subprocess.PIPE, text=True
+            )
+        found.append(json.loads(done.stdout))
+        planned, measured = found[-1]["planned"]["total"], found[-1]["measured"]
+        print(f"{setting}: planned {planned:.0f} MB, measured {measured:.0f} MB")
+    result = {
+        "command": "make bench-plan",
+        "shape": SHAPE,
+        "machine": machine.processor(),
+        "date": machine.today(),
+        "settings": found,
+    }
+    if told.output:
+        told.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -46,10 +46,11 @@ FORMAT_VERSION = 2
 
 _PROBE_TOKENS = 16
 """Enough to see which matrices share an input: every input of the pass is held at one time."""
+_ABOUT = "about"
+"""The one entry of a file's metadata, JSON: several would be written in no fixed order."""
 _USED_SHARE = "usedShare"
-"""Entry of a file's metadata."""
 _GROUP = "sharedBasis"
-"""Another: equal in the files that hold the same."""
+"""Equal in the files that hold the same."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Decompositions:
         if not _parts(target, self.plan):
             return Split()
         path = self.path(target)
-        with safe_open(path, "pt") as file:
-            group = (file.metadata() or {}).get(_GROUP)
+        group = _facts_of(path).get(_GROUP)
         if group in self._shared:
             return self._shared[group]
         parts = load_file(path, device=str(weight.device))
@@ -91,8 +91,7 @@ class Decompositions:
         """
         if self.plan.split_by != "activations" or not _parts(target, self.plan):
             return None
-        with safe_open(self.path(target), "pt") as file:
-            return float(file.metadata()[_USED_SHARE])
+        return float(_facts_of(self.path(target))[_USED_SHARE])
 
     def path(self, target: Target) -> Path:
         """The target's file: by number, since names may be long."""
@@ -328,9 +327,16 @@ def _save(
     path: Path, parts: dict[str, Tensor], world: World, facts: dict[str, str] | None = None
 ) -> None:
     temporary = path.with_name(f".{path.name}.{world.rank}")
-    save_file({name: part.cpu() for name, part in parts.items()}, temporary, metadata=facts)
+    about = {_ABOUT: json.dumps(facts)} if facts else None
+    save_file({name: part.cpu() for name, part in parts.items()}, temporary, metadata=about)
     sync(temporary)
     os.replace(temporary, path)
+
+
+def _facts_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        facts: dict[str, str] = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+    return facts
 
 
 def _mark_complete(folder: Path) -> str:

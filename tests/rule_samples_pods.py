@@ -6,7 +6,7 @@ from typing import Any
 
 from job_samples import GONE, Object, Sample
 
-T, S, C = "spec.training", "spec.storage", "spec.storage.checkpoints"
+S, C = "spec.storage", "spec.storage.checkpoints"
 
 
 def _mount(**changes: Any) -> list[Object]:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from job_samples import Sample
 
-from job_samples import GONE, Object, Sample
-
-T, S, C = "spec.training", "spec.storage", "spec.storage.checkpoints"
-
-
-def _mount(**changes: Any) -> list[Object]:
-    mount = {"name": "data", "claimName": "data", "mountPath": "/data", **changes}
-    return [{key: value for key, value in mount.items() if value is not GONE}]
-
+T, C = "spec.training", "spec.storage.checkpoints"
 
 TRAINING = [
     Sample(

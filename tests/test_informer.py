@@ -58,6 +58,19 @@ class Scene:
             await asyncio.sleep(0.05)
 
 
+def with_cluster(
+    plane: ControlPlane,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[Cluster], Coroutine[Any, Any, None]],
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
+    cluster = Cluster.connect()
+    try:
+        asyncio.run(whole(cluster))
+    finally:
+        cluster.close()
+
+
 def play(
     plane: ControlPlane,
     namespace: str,
@@ -78,12 +91,7 @@ def play(
             telling.cancel()
             await asyncio.gather(running, telling, return_exceptions=True)
 
-    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
-    cluster = Cluster.connect()
-    try:
-        asyncio.run(whole(cluster))
-    finally:
-        cluster.close()
+    with_cluster(plane, monkeypatch, whole)
 
 
 def test_the_selectors_reach_the_server() -> None:
@@ -134,12 +142,7 @@ def test_what_is_gone_before_the_watches_begin_is_noticed(
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
-    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
-    cluster = Cluster.connect()
-    try:
-        asyncio.run(whole(cluster))
-    finally:
-        cluster.close()
+    with_cluster(control_plane, monkeypatch, whole)
     assert list(cache.all(CLAIMS)) == []
 
 
@@ -156,13 +159,8 @@ def test_a_bug_in_looking_after_the_watches_is_not_hidden(
         with pytest.raises(LookupError, match="a bug"):
             await asyncio.wait_for(informer.run(), 20)
 
-    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
     monkeypatch.setattr(Freshness, "check", check)
-    cluster = Cluster.connect()
-    try:
-        asyncio.run(whole(cluster))
-    finally:
-        cluster.close()
+    with_cluster(control_plane, monkeypatch, whole)
 
 
 def test_a_kind_that_comes_and_goes_ends_nothing(

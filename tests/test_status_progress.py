@@ -124,3 +124,9 @@ def test_last_words_from_a_node_whose_clock_is_behind_are_news() -> None:
     world.end(75, last_words("TryAgain", 75, "peer gone", at(95, "09:00:00")))
     world.settle()
     assert world.status["progress"]["step"] == 95
+
+
+def test_numbers_that_are_none_reach_no_status() -> None:
+    assert Progress.parse(b'{"runId": "u", "loss": NaN}') is None
+    assert Progress.parse(b'{"runId": "u", "loss": 1e999}') is None
+    assert Progress.parse(b'{"runId": "u", "loss": "NaN"}') is None

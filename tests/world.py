@@ -173,12 +173,20 @@ class World:
 
 
 def running(changes: dict[str, object] | None = None, count: int = 1, **metadata: object) -> World:
-    """A job whose pods all run."""
-    world = World(changes, **metadata)
+    """A job whose pods, `count` of them, all run."""
+    world = World({"spec.nnodes": count, **(changes or {})}, **metadata)
     world.settle()
     world.run_pods(count=count)
     world.settle()
     return world
+
+
+def told(world: World, step: int, **changes: object) -> None:
+    """Rank 0 answers."""
+    attempt = world.status["attempt"]
+    world.progress = Progress.model_validate(
+        {"run_id": "uid-1", "step": step, "total_steps": 1000, "attempt": attempt, **changes}
+    )
 
 
 def last_words(reason: str, code: int, message: str, progress: Progress | None = None) -> str:

@@ -3,10 +3,9 @@
 Called by resync, freshness, reconcile, observer, events, leader and service; nothing else of the
 operator imports the kubernetes package (remote is the command line's). Its client is synchronous,
 so every call runs in a bounded pool of threads and the event loop never waits; the Lease has a
-thread of its own. What a caller may do
-with an error is in its class: Unavailable means wait, Refused means give up until something
-changes, NotFound and Conflict say what is there; all else is a bug and keeps its stack trace. Must
-never decide anything about a job.
+thread of its own. What a caller may do with an error is in its class: Unavailable means wait,
+Refused means give up until something changes, NotFound and Conflict say what is there; all else is
+a bug and keeps its stack trace. Must never decide anything about a job.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Informer, polling and the workers of `service` add keys, the workers take them. A key waits at most
 once and is worked on by one worker at a time; added meanwhile, it comes again after. Failures wait
-longer each time. Namespaces take turns, so one with a thousand jobs cannot starve another. Used
-from one event loop only; must never know a job.
+longer each time. Unhurried keys come when nothing else waits. Namespaces take turns, so one with a
+thousand jobs cannot starve another. Used from one event loop only; must never know a job.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Lists everything and compares: the caches' first filling, and the remedy for what watches miss.
 
-Called by service at the start and then periodically. A watch that was interrupted does not say what
-was deleted meanwhile; a list does. A kind that does not exist is a result, not an error. Must never
-decide anything about a job.
+Called by informer at the start, periodically, and before a watch begins anew. News of a list that
+fails are kept for the next. A watch that was interrupted does not say what was deleted meanwhile; a
+list does. A kind that does not exist is a result, not an error. Must never decide anything about a
+job.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import job_samples
-from bench import load_before, load_machine
+from bench import load_before, load_rate
 from bench.load_before import JOBS
 from bench.load_node import Node
 from bench.load_operators import Operator
+from bench.load_rate import Post
 from bench.load_watch import Name, Seen
 from cluster.control_plane import ControlPlane
 
@@ -27,6 +27,8 @@ logger = logging.getLogger("bench")
 TENANTS = [f"tenant-{number}" for number in range(10)]
 """Namespaces that the jobs are spread over."""
 THREADS = 8
+PATIENCE_SECONDS = 600
+"""How long a first decision is waited for."""
 LIVES = 80
 """Jobs whose writes are counted one by one."""
 WRITES = ("create", "update", "patch", "delete")
@@ -39,7 +41,7 @@ class Story:
         """A story of `jobs` OSFTJobs, of which `before` have ended before the operator starts."""
         self._plane, self._api, self._operator = plane, plane.api, operator
         self._jobs, self._before = jobs, before
-        self._made: dict[Name, float] = {}
+        self._made: dict[Name, Post] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 
     def play(self, *, rate: float, idle_seconds: float, running: int) -> dict[str, Any]:
@@ -57,9 +59,10 @@ class Story:
         self._osftjobs = Seen(self._api, "/apis/osft.dev/v1alpha1/osftjobs")
         self._node = Node(self._api, self._children)
         self._finish_before(names[: self._before])
-        self._operator.start()
-        self._children.wait_for([self._create(("single", "warm-up"))], 600)
-        result: dict[str, Any] = {"mib_at_start": round(self._operator.memory_mib(), 1)}
+        result: dict[str, Any] = {"start": self._first_decision(("single", "warm-up"))}
+        result["mib_at_start"] = round(self._operator.memory_mib(), 1)
+        if result["start"]["to_first_decision_seconds"] is None:
+            return result  # whatever came next would be the start's figure again
         result["apply_to_pytorchjob"] = self._load(names[self._before :], rate)
         result["lives"] = self._live(names[self._before :])
         result["lives"] |= self._count_writes()
@@ -69,9 +72,12 @@ class Story:
         result["restart"] = self._restart()
         result["crowd"] = self._crowd(self._jobs // 2)
         result["peak_mib_of_last_process"] = round(self._operator.memory_mib("VmHWM"), 1)
+        return result
+
+    def close(self) -> None:
+        """Stop the operator and the watches."""
         self._operator.stop()
         self._children.stopped = self._osftjobs.stopped = True
-        return result
 
     def _finish_before(self, names: list[Name]) -> None:
         logger.info("%d OSFTJobs that have ended", len(names))
@@ -88,32 +94,16 @@ class Story:
         """Create at a steady rate, whatever the operator does."""
         logger.info("creating %d OSFTJobs", len(names))
         trees = {"operator": self._operator.tree, "control_plane": self._plane.mark}
-        start, usage = time.monotonic(), load_machine.Usage(trees)
-
-        def create(number: int) -> None:
-            time.sleep(max(0.0, start + number / rate - time.monotonic()))
-            self._create(names[number])
-
-        list(self._pool.map(create, range(len(names))))
-        took = time.monotonic() - start
-        lost = self._children.wait_for(names, 120 + len(names) / 10)
-        whole = time.monotonic() - start
-        used = usage.seconds()
-        waits = sorted(self._children.first[n] - self._made[n] for n in names if n not in lost)
-        return {
-            "creates_per_second": round(len(names) / took, 1),
-            "p50_seconds": _percentile(waits, 50),
-            "p99_seconds": _percentile(waits, 99),
-            "max_seconds": round(waits[-1], 3),
-            "not_made": len(lost),
-            # says how many a second one core can take, also on a machine that is busy otherwise
-            "cpu_seconds_per_job": {
-                name: round(seconds / len(names), 4)
-                for name, seconds in used.items()
-                if name != "others"
-            },
-            "cores_used": {name: round(seconds / whole, 2) for name, seconds in used.items()},
-        }
+        times = load_rate.Times(self._made, self._osftjobs.first, self._children.first)
+        return load_rate.create(
+            names,
+            rate,
+            self._create,
+            times,
+            trees,
+            pool=self._pool,
+            wait_for=self._children.wait_for,
+        )
 
     def _live(self, names: list[Name]) -> dict[str, Any]:
         """Each job gets a pod, runs, and succeeds, all at one time; nobody tells of progress."""
@@ -185,21 +175,27 @@ class Story:
         }
 
     def _restart(self) -> dict[str, Any]:
-        """From the start of a process among all jobs to its first right decision."""
+        """The same among all jobs, once the operator has known them all."""
         logger.info("restart")
         self._operator.stop()
         before = len(self._children.first)
-        name = self._create(("single", "made-meanwhile"))
-        start = time.monotonic()
-        self._operator.start()
-        lost = self._children.wait_for([name], 600)
+        found = self._first_decision(("single", "made-meanwhile"))
         time.sleep(2)
-        seconds = None if lost else round(self._children.first[name] - start, 2)
-        return {
-            "to_first_decision_seconds": seconds,
-            "made_twice": len(self._children.first) - before - (0 if lost else 1),
+        lost = found["to_first_decision_seconds"] is None
+        made_twice = len(self._children.first) - before - (0 if lost else 1)
+        return found | {
+            "made_twice": made_twice,
             "mib": round(self._operator.memory_mib(), 1),
         }
+
+    def _first_decision(self, name: Name) -> dict[str, Any]:
+        """From the start of a process among all jobs to its first right decision."""
+        self._create(name)
+        start = time.monotonic()
+        self._operator.start()
+        lost = self._children.wait_for([name], PATIENCE_SECONDS)
+        seconds = None if lost else round(self._children.first[name] - start, 2)
+        return {"to_first_decision_seconds": seconds, "waited_at_most_seconds": PATIENCE_SECONDS}
 
     def _crowd(self, count: int) -> dict[str, Any]:
         """One tenant creates as fast as it can; another waits for its single job."""
@@ -209,13 +205,14 @@ class Story:
         behind = sum(name not in self._children.first for name in crowd)
         name = self._create(("single", "job"))
         lost = self._children.wait_for([name], 300)
-        seconds = None if lost else round(self._children.first[name] - self._made[name], 3)
+        seconds = None if lost else round(self._children.first[name] - self._made[name].answered, 3)
         self._children.wait_for(crowd, 120 + count / 5)
         return {"crowd": count, "crowd_waiting": behind, "single_seconds": seconds}
 
     def _create(self, name: Name) -> Name:
+        asked = time.monotonic()
         self._api.post(JOBS.format(name[0]), job_samples.job(name=name[1]))
-        self._made[name] = time.monotonic()
+        self._made[name] = Post(asked, time.monotonic())
         return name
 
     def _cpu_percent(self, seconds: float) -> float:
@@ -237,9 +234,3 @@ class Story:
                     part = f"/{about['subresource']}" if about.get("subresource") else ""
                     counts[f"{entry['verb']} {about['resource']}{part}"] += 1
         return counts
-
-
-def _percentile(values: list[float], percent: int) -> float:
-    if len(values) < 2:
-        return round(values[0], 3)
-    return round(statistics.quantiles(values, n=100, method="inclusive")[percent - 1], 3)

@@ -44,7 +44,11 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 story = load_story.Story(plane, operator, arguments.jobs, before)
                 # the peer asks no pod for its progress
                 running = arguments.running if name == "osft" else 0
-                return story.play(rate=arguments.rate, idle_seconds=arguments.idle, running=running)
+                result = story.play(
+                    rate=arguments.rate, idle_seconds=arguments.idle, running=running
+                )
+                story.close()
+                return result
         finally:
             plane.stop()
 

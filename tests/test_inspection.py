@@ -115,6 +115,26 @@ def test_plan_refuses_what_cannot_fit(here: Any, volumes: Path, tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
+def test_plan_refuses_what_the_jobs_own_limit_cannot_hold(
+    here: Any, volumes: Path, tmp_path: Path
+) -> None:
+    limits = {"resources": {"limits": {"memory": "100Ki"}}, "nprocPerNode": 2}
+    job = write_job(tmp_path / "job.yaml", limits)
+    done = here("plan", job, "--volumes", volumes)
+    assert done.returncode == 2
+    assert "spec.resources.limits.memory: 4.77e-05 GiB for each process" in done.stderr
+    assert "Raise the limit" in done.stderr
+    assert here("plan", job, "--volumes", volumes, "--memory-gib", "8").returncode == 0
+
+
+def test_a_gpu_pods_limit_is_about_loading_only(here: Any, volumes: Path, tmp_path: Path) -> None:
+    limits = {"nvidia.com/gpu": 1, "memory": "1Ki"}
+    job = write_job(tmp_path / "job.yaml", {"resources": {"limits": limits}})
+    done = here("plan", job, "--volumes", volumes, "--memory-gib", "80")
+    assert done.returncode == 2
+    assert "the model while it loads needs" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

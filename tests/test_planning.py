@@ -235,6 +235,17 @@ def test_loading_needs_the_whole_model_on_the_cpu(base: Path, tmp_path: Path) ->
     assert "while it loads" in refused
 
 
+def test_mapped_bases_do_not_count_against_a_pods_limit(base: Path, tmp_path: Path) -> None:
+    memory = report_of(base, tmp_path).memory
+    lasting = memory.static - memory.bases
+    assert memory.startup < lasting < memory.static
+    assert report_of(base, tmp_path).host_refusal(lasting / 2**30) is None
+    refused = report_of(base, tmp_path).host_refusal((lasting - 1) / 2**30)
+    assert refused is not None
+    assert "spec.resources.limits.memory" in refused
+    assert "without the bases" in refused
+
+
 def test_the_table_names_everything(base: Path, tmp_path: Path) -> None:
     text = report_of(base, tmp_path, on_overlong="drop", max_seq_len=24, energy=True).to_text()
     lines = {" ".join(line.split()) for line in text.splitlines()}

@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory-gib",
         metavar="GIB",
-        help="memory of one process; exit with 2 if the run cannot fit into it",
+        help="memory of one process (of its GPU); exit with 2 if the run cannot fit into it, as "
+        "with resources.limits.memory",
     )
     show = commands.add_parser("render", help="print the PyTorchJob that an OSFTJob becomes")
     show.set_defaults(action=_render)

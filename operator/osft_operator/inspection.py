@@ -21,7 +21,7 @@ from typing import Any
 from osft_operator import local_command, local_pods, local_volumes, render, resources
 from osft_operator.local import SETTINGS
 from osft_operator.local_command import Surroundings
-from osft_operator.resolved import resolve
+from osft_operator.resolved import Resolved, resolve
 from osft_operator.spec import OSFTJob
 
 MODULE = "osft_trainer.inspect"
@@ -37,7 +37,8 @@ def plan(body: Mapping[str, Any], volumes: Path, options: Sequence[str]) -> int:
     Args:
         body: the OSFTJob, valid.
         volumes: holds a folder per claim, as for `osft run`.
-        options: further arguments of the trainer's `plan`.
+        options: further arguments of the trainer's `plan`; --memory-gib among them stands for the
+            job's own memory limit, too, where the run is on the CPU.
 
     Raises:
         ValueError: the trainer is not installed, or a Secret that the pod needs is missing.
@@ -60,7 +61,8 @@ def plan(body: Mapping[str, Any], volumes: Path, options: Sequence[str]) -> int:
         )
         words = local_command.command(pod, container, at)
         arguments = words[len(container["command"]) :]
-        told = [f"--processes={resolved.world_size}", f"--device={device}", *options]
+        told = [f"--processes={resolved.world_size}", f"--device={device}"]
+        told += [*_host_memory(job, resolved, device, options), *options]
         environment = _lasting(local_command.environment(pod, container, at), work_dir)
         return run(["plan", *told, "--", *arguments], environment)
 
@@ -74,6 +76,17 @@ def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None) 
     _check_trainer(arguments[0])
     command = [sys.executable, "-m", MODULE, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _host_memory(
+    job: OSFTJob, resolved: Resolved, device: str, options: Sequence[str]
+) -> list[str]:
+    """The memory limit of a pod as an argument, shared out over its processes."""
+    limit = job.spec.resources.limits.get("memory")
+    told = device == "cpu" and any(option.startswith("--memory-gib") for option in options)
+    if limit is None or told:
+        return []
+    return [f"--host-memory-gib={resources.quantity(limit) / resolved.nproc_per_node / 2**30}"]
 
 
 def _check_trainer(command: str) -> None:

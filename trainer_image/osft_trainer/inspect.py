@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--energy", action="store_true")
     plan.add_argument("--json", action="store_true")
     plan.add_argument("--memory-gib", type=_positive)
+    plan.add_argument("--host-memory-gib", type=_positive, help="limit of the pod, per process")
     plan.add_argument("trainer", nargs="*", help="arguments of osft-train, after --")
     _add_spectrum(commands.add_parser("spectrum", allow_abbrev=False, description=_SPECTRUM))
     _add_export(commands.add_parser("export", allow_abbrev=False, description=_EXPORT))
@@ -120,12 +121,16 @@ def _plan(arguments: argparse.Namespace) -> int:
         energy=arguments.energy,
     )
     print(report.to_json() if arguments.json else report.to_text())
-    if arguments.memory_gib is None:
-        return ExitCode.DONE
-    refusal = report.refusal(arguments.memory_gib)
-    if refusal is not None:
-        raise ValueError(refusal)
-    warning = report.warning(arguments.memory_gib)
+    device, host = arguments.memory_gib, arguments.host_memory_gib
+    refusals = [
+        None if host is None else report.host_refusal(host),
+        None if device is None else report.refusal(device),
+    ]
+    for refusal in refusals:
+        if refusal is not None:
+            raise ValueError(refusal)
+    limit = host if device is None and arguments.device == "cpu" else device
+    warning = None if limit is None else report.warning(limit)
     if warning is not None:
         print(f"osft: warning: {warning}", file=sys.stderr)
     return ExitCode.DONE

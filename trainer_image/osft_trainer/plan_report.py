@@ -17,6 +17,8 @@ from osft_trainer.targets import Plan, Target
 
 GIB = 2**30
 
+_LOADING = "the model while it loads"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -74,14 +76,31 @@ class Report:
         """
         needed = {"what lies there all the time": self.memory.static}
         if self.device == "cpu":
-            needed["the model while it loads"] = self.memory.startup
-        worst = max(needed, key=needed.__getitem__)
-        if needed[worst] <= memory_gib * GIB:
+            needed[_LOADING] = self.memory.startup
+        found = _too_much(needed, memory_gib)
+        if found is None:
             return None
         return (
-            f"--memory-gib: {memory_gib:g} GiB a process cannot hold this run: {worst} needs "
-            f"{size_words(needed[worst])}. Give it more processes (nnodes, nprocPerNode), a "
-            "lower unfreezeRankRatio, or a smaller model"
+            f"--memory-gib: {memory_gib:g} GiB a process cannot hold this run: {found}. Give it "
+            "more processes (nnodes, nprocPerNode), a lower unfreezeRankRatio, or a smaller model"
+        )
+
+    def host_refusal(self, memory_gib: float) -> str | None:
+        """Why the pod's own memory limit, so much for each rank, cannot be enough; None if it may.
+
+        On CPU the bases do not count: they are mapped, and the kernel may drop their pages.
+        """
+        needed = {_LOADING: self.memory.startup}
+        if self.device == "cpu":
+            lasting = self.memory.static - self.memory.bases
+            needed["what lies there all the time, without the bases,"] = lasting
+        found = _too_much(needed, memory_gib)
+        if found is None:
+            return None
+        return (
+            f"spec.resources.limits.memory: {memory_gib:.3g} GiB for each process of a pod cannot "
+            f"hold this run: {found}. Raise the limit, give a pod fewer processes (nprocPerNode), "
+            "or take a smaller model"
         )
 
     def warning(self, memory_gib: float) -> str | None:
@@ -154,6 +173,14 @@ class Report:
             f"dropped: {counts.dropped_overlong:,} too long, {counts.dropped_empty:,} without loss "
             f"tokens, {counts.skipped_bad:,} bad; cut: {counts.truncated:,}"
         )
+
+
+def _too_much(needed: dict[str, int], memory_gib: float) -> str | None:
+    """The largest need and its size, where it is more than there is."""
+    worst = max(needed, key=needed.__getitem__)
+    if needed[worst] <= memory_gib * GIB:
+        return None
+    return f"{worst} needs {size_words(needed[worst])}"
 
 
 def size_words(size: int) -> str:

@@ -66,7 +66,7 @@ class Settings(Allowed):
     lease_renew_seconds: Seconds = 5
     """How often the leader renews the Lease; well below its duration."""
 
-    workers: Annotated[int, Field(ge=1, le=256)] = 8
+    workers: Annotated[int, Field(ge=1, le=256)] = 16
     """OSFTJobs that are worked on at one time."""
     api_timeout_seconds: Seconds = 30
     """Longest wait for one answer of the API server."""

@@ -55,7 +55,12 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 RATIOS = [0.25, 0.5]
 SEEDS = [0, 1, 2]
 SCREENED = ["easy, new word", "conflicting, new word"]
-PROMISING = [(methods.OWN_TEXT, 0.25, 3e-2, 0.3), (methods.OWN_TEXT, 0.5, 1e-2, 1.0)]
+PROMISING = [
+    (methods.OWN_TEXT, 0.25, 3e-2, 0.3),
+    (methods.OWN_TEXT, 0.5, 1e-2, 1.0),
+    (methods.OWN_TEXT, 0.5, 1e-2, 2.0),
+    (methods.OWN_TEXT, 0.5, 2e-2, 2.0),
+]
 """Tried on the tasks with new words, too."""
 ROOM = [
     (methods.OWN_TEXT, 0.5, 1e-3, 0.0),

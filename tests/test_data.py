@@ -1,5 +1,6 @@
 """Preparing data: faults by file and line, overlong samples, the cache folder."""
 
+import errno
 import json
 import os
 import subprocess
@@ -420,6 +421,17 @@ def test_second_call_opens_what_the_first_wrote(tmp_path: Path) -> None:
     assert (second.folder / "input_ids.npy").stat().st_mtime_ns == stamp
     assert [p.name for p in (tmp_path / "cache" / "data").iterdir()] == [first.digest]
     assert first.folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_full_disk_is_told_with_a_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = write(tmp_path / "d.jsonl", row())
+    monkeypatch.setattr(PreparedWriter, "append", no_space)
+    with pytest.raises(OSError, match=r"cache/data: No space left on device; free or add space"):
+        prepare_default(file, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
 
 
 def test_digest_follows_what_decides_the_content(tmp_path: Path) -> None:

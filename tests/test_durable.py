@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from osft_trainer.durable import (
     complete,
     put_back,
     put_in_place,
     remove_unfinished,
+    told,
     work_folder,
 )
 from osft_trainer.report import RunFolder
@@ -62,3 +65,31 @@ def test_only_the_named_is_mended(tmp_path: Path) -> None:
     remove_unfinished(tmp_path, "final")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".notes.txt.writing", ".profile.old", "final"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            "No space left on device: a/b; free or add space on this volume",
+        ),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "SafetensorError: I/O error: No space left on device (os error 28); free or add space "
+            "on this volume",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "Disk quota exceeded; free or add space on this volume",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a/b"),
+            "Read-only file system: a/b; this volume must be writable",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: a/b"),
+        (OSError("another rank could not write"), "another rank could not write"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_told_with_a_cure(error: Exception, words: str) -> None:
+    assert told(error) == words

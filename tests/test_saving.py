@@ -98,7 +98,10 @@ def test_one_is_in_flight_at_most(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left.*lower keep_checkpoints"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left.*add space.*lower keep_checkpoints",
+        ),
         (OSError(errno.EROFS, "Read-only file system"), "Read-only.*must be writable"),
         (RuntimeError("a bug"), "RuntimeError: a bug"),
     ],

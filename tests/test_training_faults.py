@@ -307,7 +307,7 @@ def test_a_rank_says_that_the_disk_is_full(
     fault = functools.partial(rank_ends.a_full_disk, disk)
     end = rank_ends.end_of(told, disk.parent / "log", fault)
     assert (end.code, end.words["exitCode"]) == (75, 75), end
-    assert "No space left on device; the states before it are whole" in end.words["message"]
+    assert "No space left on device; free or add space" in end.words["message"]
     (disk / "filler").unlink()
     tiny.run(told)
     assert results(told) == {k: v for k, v in undisturbed[1].items() if k != "best"}

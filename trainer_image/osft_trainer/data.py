@@ -10,7 +10,6 @@ or drop a sample without counting it.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from osft_trainer.config import TrainingParameters
+from osft_trainer.durable import is_full, sync, told
 from osft_trainer.faults import Faults, OnBadSample
 from osft_trainer.masking import MaskedTokens
 from osft_trainer.prepared import DataCounts, PreparedData, PreparedWriter, open_prepared
@@ -96,6 +96,10 @@ def prepare(
         _finish(
             work, folder, {"digest": digest, "format": FORMAT_VERSION, "counts": asdict(counts)}
         )
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise OSError(f"{root}: {told(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     logger.info("prepared %s: %s", data_path, counts)
@@ -191,7 +195,7 @@ def _finish(work: Path, folder: Path, meta: dict[str, Any]) -> None:
     (work / "COMPLETE").touch()
     work.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
     for path in [*work.iterdir(), work]:
-        _sync(path)
+        sync(path)
     if folder.exists() and not (folder / "COMPLETE").is_file():
         shutil.rmtree(folder)
     try:
@@ -199,12 +203,4 @@ def _finish(work: Path, folder: Path, meta: dict[str, Any]) -> None:
     except OSError:
         if not (folder / "COMPLETE").is_file():
             raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

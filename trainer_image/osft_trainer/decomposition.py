@@ -34,7 +34,7 @@ from osft_trainer.activations import (
     used_share,
 )
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
-from osft_trainer.durable import sync
+from osft_trainer.durable import sync, told
 from osft_trainer.parallel import World
 from osft_trainer.report import COMPLETE, RunFolder
 from osft_trainer.retention import RetentionText, rows
@@ -241,7 +241,7 @@ def _compute_all(
         except ValueError as error:
             return ValueError(f"model_path: {target.parameter}: {error}")
         except (OSError, SafetensorError) as error:
-            return OSError(f"{found.path(target)}: {error}")
+            return OSError(f"{found.path(target)}: {told(error)}")
     return None
 
 
@@ -278,7 +278,7 @@ def _read_all(
     except ValueError as error:
         return error
     except (OSError, SafetensorError) as error:
-        return OSError(f"{found.folder}: {error}")
+        return OSError(f"{found.folder}: {told(error)}")
     return None
 
 

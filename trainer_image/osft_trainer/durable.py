@@ -1,9 +1,9 @@
 """Folders and files that a crash leaves whole, under their names or not at all.
 
-Lives here: forcing bytes to disk, and exchanging a folder for a new one. Called by whatever writes
-what must outlive a crash: `shards`, `checkpoint`, `export`, `decomposition`, `retention`; and by
-`identity`, which mends what an earlier attempt has left. Must never: import torch, or know what is
-in a folder.
+Lives here: forcing bytes to disk, exchanging a folder for a new one, and what to do when a disk
+does not take them. Called by whatever writes what must outlive a crash: `shards`, `checkpoint`,
+`saving`, `export`, `data`, `decomposition`, `retention`; and by `identity`, which mends what an
+earlier attempt has left. Must never: import torch, or know what is in a folder.
 
 A folder `NAME` is written as `.NAME.TOKEN.writing`, its marker included, and only then gets its
 name; an older one is `.NAME.old` meanwhile. The token is that of the claim on the run's folder, so
@@ -12,6 +12,7 @@ an attempt that has been overtaken writes into a folder of its own.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from osft_trainer.report import COMPLETE
 
 _WRITING = ".writing"
 _OLD = ".old"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def sync(path: Path) -> None:
@@ -29,6 +31,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk or a quota has no room; safetensors tells it in its message only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def told(error: Exception) -> str:
+    """What a failure to write says, of which file, and what to do, as far as they are known."""
+    words = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        words = error.strerror or str(error)
+        words += f": {error.filename}" if error.filename is not None else ""
+        if error.errno == errno.EROFS:
+            return f"{words}; this volume must be writable"
+    return f"{words}; free or add space on this volume" if is_full(error) else words
 
 
 def work_folder(out: Path, token: str) -> Path:

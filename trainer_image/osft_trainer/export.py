@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.durable import complete, put_in_place, work_folder
+from osft_trainer.durable import complete, put_in_place, told, work_folder
 from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
@@ -114,7 +114,7 @@ def _as_os_error(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{out}: {error}") from error
+        raise OSError(f"{out}: {told(error)}") from error
 
 
 def dense_weights(

@@ -16,7 +16,6 @@ ranks have exchanged there. So every rank is in the same half at every step:
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 from osft_trainer.agreement import from_first_rank, raise_together
 from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.config import TrainingParameters
+from osft_trainer.durable import is_full, told
 from osft_trainer.outcome import Superseded
 from osft_trainer.shards import HostCopy, Rows, write_rows
 
@@ -237,12 +237,6 @@ def _publish(checkpoints: Checkpoints, before: Callable[[], None], flight: _Flig
 
 
 def _told(error: Exception) -> str:
-    """What is wrong and, where that is known, what to do."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{error.strerror}; the states before it are whole. Free or add space on the volume of "
-            "ckpt_output_dir, or lower keep_checkpoints"
-        )
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return f"{error.strerror}; the volume of ckpt_output_dir must be writable"
-    return f"{type(error).__name__}: {error}"
+    """With what only a state can say."""
+    more = ", or lower keep_checkpoints; the states before it are whole" if is_full(error) else ""
+    return told(error) + more

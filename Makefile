@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate page verify clean
-.PHONY: bench bench-train bench-gpu bench-bases bench-retention bench-data bench-plan bench-operator bench-checkpoint
+.PHONY: bench bench-train bench-gpu bench-recompute bench-bases bench-retention bench-data bench-plan bench-operator bench-checkpoint
 SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py)
 
 
@@ -56,6 +56,9 @@ bench-train: $(VENV)/.dev ## a training step beside plain fine-tuning, PEFT's OS
 bench-gpu: $(VENV)/.dev  ## the same on CUDA, with mini_trainer where it is installed
 	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape qwen2.5-1.5b $(ARGS)
 	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape llama-3.1-8b $(ARGS)
+
+bench-recompute: $(VENV)/.dev ## keeping, recomputing and compiling a block: time and memory
+	PYTHONPATH=tests $(BIN)/python -m bench.recompute $(ARGS)
 
 bench-bases: $(VENV)/.dev ## the split beside a singular value decomposition, and its cache
 	PYTHONPATH=tests $(BIN)/python -m bench.decomposition $(ARGS)

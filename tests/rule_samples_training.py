@@ -92,6 +92,13 @@ TRAINING = [
         words="which cuts documents into blocks: remove it",
     ),
     Sample(
+        "selective-checkpointing-is-checkpointing",
+        {f"{T}.selectiveActivationCheckpointing": True},
+        {f"{T}.selectiveActivationCheckpointing": True, f"{T}.activationCheckpointing": False},
+        T,
+        words="has no effect without activationCheckpointing: set activationCheckpointing",
+    ),
+    Sample(
         "mode-epoch",
         {f"{T}.numEpochs": 2},
         {f"{T}.trainingMode": "step", f"{T}.maxSteps": 3, f"{T}.numEpochs": 2},

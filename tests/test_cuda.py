@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import tiny
 from osft_trainer import worker
 from osft_trainer.exchange import full
-from osft_trainer.model import OSFTModel, apply_liger, convert, enable_activation_checkpointing
+from osft_trainer.model import OSFTModel, apply_liger, convert
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients, shard, split_over_ranks, start_world
+from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.targets import plan_targets
 from tiny_models import packed_batch, tiny_model
 
@@ -42,7 +43,9 @@ PLACES = [
 ]
 
 
-def build(family: str, dtype: torch.dtype, device: torch.device, liger: bool) -> OSFTModel:
+def build(
+    family: str, dtype: torch.dtype, device: torch.device, liger: bool, selective: bool = False
+) -> OSFTModel:
     """As `assembly.build_model` puts it together, up to sharding."""
     # Rounded in any case: other weights would have other subspaces.
     hf = tiny_model(family).to(torch.bfloat16).to(dtype)
@@ -50,7 +53,7 @@ def build(family: str, dtype: torch.dtype, device: torch.device, liger: bool) ->
     plan = plan_targets(hf, 0.5, other_parameters="norms")
     off = apply_liger(hf, liger, device)
     assert (off is None) == (liger and device.type == "cuda")
-    enable_activation_checkpointing(hf)
+    enable_activation_checkpointing(hf, selective)
     return convert(hf, plan, fused_loss=off is None)
 
 
@@ -100,20 +103,21 @@ def assert_close(
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PLACES)
+@pytest.mark.parametrize("selective", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral"])
 def test_steps_agree_with_float32_without_kernels(
-    family: str, kind: str, dtype: torch.dtype
+    family: str, selective: bool, kind: str, dtype: torch.dtype
 ) -> None:
     """On CUDA with every Liger kernel of the family, its fused loss, and the fused AdamW."""
     world = World(0, 0, 1, torch.device(kind))
-    model = build(family, dtype, world.device, liger=True)
+    model = build(family, dtype, world.device, liger=True, selective=selective)
     shard(model, world)
     assert {p.dtype for p in model.trainables().values()} == {torch.float32}
     assert_close(train(model, world), plain(family), dtype)
     assert model.leak() < 1e-5
 
 
-def train_sharded(out: Path, kind: str, dtype: torch.dtype) -> None:
+def train_sharded(out: Path, kind: str, dtype: torch.dtype, selective: bool) -> None:
     """The only rank of a world that is split all the same."""
     device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -122,7 +126,7 @@ def train_sharded(out: Path, kind: str, dtype: torch.dtype) -> None:
         "nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None
     )
     world = World(0, 0, 1, device)
-    model = build("llama", dtype, device, liger=True)
+    model = build("llama", dtype, device, liger=True, selective=selective)
     split_over_ranks(model, world)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     losses, gradients = train(model, world)
@@ -131,9 +135,12 @@ def train_sharded(out: Path, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PLACES)
-def test_one_rank_under_fsdp_agrees(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_one_rank_under_fsdp_agrees(
+    tmp_path: Path, selective: bool, kind: str, dtype: torch.dtype
+) -> None:
     out = tmp_path / "found.pt"
-    assert tiny.finish(tiny.start_ranks(train_sharded, 1, [(out, kind, dtype)])) == [0]
+    assert tiny.finish(tiny.start_ranks(train_sharded, 1, [(out, kind, dtype, selective)])) == [0]
     found = torch.load(out, weights_only=True)
     assert_close((found["losses"], found["gradients"]), plain("llama"), dtype)
     assert found["leak"] < 1e-5

@@ -137,20 +137,22 @@ def test_gradients_are_whole_between_the_passes_of_a_step(base: Path) -> None:
     assert alone.gathered < once.gathered
 
 
-def test_the_activation_estimate_follows_its_settings(base: Path) -> None:
+def test_the_activation_estimate_follows_its_settings(tmp_path: Path) -> None:
+    base = tiny.model_folder(tmp_path / "model", num_hidden_layers=4)
     hf = empty_model(base, torch.float32)
     model = converted(hf, plan_targets(hf, 0.5))
 
-    def activations(tokens: int, checkpointing: bool) -> int:
+    def activations(tokens: int, checkpointing: bool, selective: bool = False) -> int:
         return memory_of(
             model,
             processes=1,
             tokens=tokens,
             activation_checkpointing=checkpointing,
+            selective=selective,
             accumulates=False,
         ).activations
 
-    assert activations(512, True) < activations(512, False)
+    assert activations(512, True) < activations(512, True, True) < activations(512, False)
     assert activations(512, False) == 2 * activations(256, False)
 
 

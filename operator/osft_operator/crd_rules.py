@@ -217,6 +217,13 @@ RULES = [
         "onOverlong has no effect with isPretraining, which cuts documents into blocks: remove it",
         ".onOverlong",
     ),
+    Rule(
+        TRAINING,
+        "!self.selectiveActivationCheckpointing || self.activationCheckpointing",
+        "selectiveActivationCheckpointing has no effect without activationCheckpointing: set "
+        "activationCheckpointing",
+        ".selectiveActivationCheckpointing",
+    ),
     *_limit("epoch", "numEpochs", needed=False),
     *_limit("step", "maxSteps", needed=True),
     *_limit("token", "maxTokens", needed=True),

@@ -26,11 +26,11 @@ from osft_trainer.model import (
     OSFTModel,
     apply_liger,
     convert,
-    enable_activation_checkpointing,
     load_model,
 )
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
+from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.shards import HostCopy, write_rows

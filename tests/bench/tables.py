@@ -43,6 +43,39 @@ def training_table(result: Numbers) -> str:
     return "\n".join(lines)
 
 
+def recompute_tables() -> str:
+    """All results of `recompute` that are committed, as Markdown."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("recompute-*.json"))]
+    return "\n\n".join(recompute_table(result) for result in found)
+
+
+def recompute_table(result: Numbers) -> str:
+    """One result as Markdown: ratios to keeping everything, round by round."""
+    modes: dict[str, Numbers] = result["modes"]
+    first = next(iter(modes.values()))
+    lines = [
+        f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), OSFT exact, "
+        f"{result['tokens']} tokens a step, on {result['machine']}, {result['threads']} threads "
+        f"({result['date']}, torch {result['torch']}):",
+        "",
+        _row(["", "step s", "ratio", "spread", "memory of a pass GB", "ratio", "first step s"]),
+        _row(["---"] * 7),
+    ]
+    for name, numbers in modes.items():
+        pairs = zip(numbers["step_seconds"], first["step_seconds"], strict=True)
+        ratios = [mine / theirs for mine, theirs in pairs]
+        cells = [
+            f"{statistics.median(numbers['step_seconds']):.2f}",
+            f"**{statistics.median(ratios):.2f}**",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{numbers['bytes'] / 1e9:.2f}",
+            f"**{numbers['bytes'] / first['bytes']:.2f}**",
+            f"{statistics.median(numbers['warm_up_seconds']):.1f}",
+        ]
+        lines.append(_row([name, *cells]))
+    return "\n".join(lines)
+
+
 def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) -> list[str]:
     seconds = statistics.median(numbers["step_seconds"])
     pairs = zip(numbers["step_seconds"], baseline["step_seconds"], strict=True)

@@ -26,12 +26,12 @@ from osft_trainer.model import (
     OSFTModel,
     apply_liger,
     convert,
-    enable_activation_checkpointing,
     load_model,
     load_tokenizer,
 )
 from osft_trainer.parallel import World, shard
 from osft_trainer.prepared import PreparedData
+from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.report import RunFolder, write_atomically
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.targets import Plan, plan_targets
@@ -119,7 +119,7 @@ def build_model(
         logger.info("%s", liger_off or "Liger kernels are on")
         logger.info("%s", dense_mask or "packed samples take torch's variable-length attention")
     if training.activation_checkpointing:
-        enable_activation_checkpointing(hf)
+        enable_activation_checkpointing(hf, training.selective_activation_checkpointing)
     bases = decomposition.prepare(
         hf, plan, cache=folder.cache, base_digest=base_digest, world=world, retention=text
     )

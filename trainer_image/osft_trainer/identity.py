@@ -43,6 +43,7 @@ NOT_IN_FINGERPRINT = frozenset(
         "max_tokens_per_gpu",
         "use_liger",
         "activation_checkpointing",
+        "selective_activation_checkpointing",
         "trust_remote_code",
         # What is measured and kept beside the result.
         "validation_data_path",

@@ -106,6 +106,7 @@ def memory_of(
     tokens: int,
     activation_checkpointing: bool,
     accumulates: bool,
+    selective: bool = False,
 ) -> Memory:
     """Count one rank's share.
 
@@ -115,6 +116,7 @@ def memory_of(
         tokens: of one forward pass, maxTokensPerGpu.
         activation_checkpointing: blocks are computed again in backward.
         accumulates: a step has several passes, between which whole gradients are kept.
+        selective: of what is computed again, products and attention are kept.
     """
     bytes_of: dict[str, int] = dict.fromkeys(("effective", "base", "bases", "frozen"), 0)
     trained = trained_whole = startup = 0
@@ -135,7 +137,7 @@ def memory_of(
         adam=trained * ADAM_BYTES,
         startup=startup,
         gathered=_gathered(model, processes),
-        activations=_activations(model.hf, tokens, activation_checkpointing),
+        activations=_activations(model.hf, tokens, activation_checkpointing, selective),
     )
 
 
@@ -180,11 +182,14 @@ def _gathered(model: OSFTModel, processes: int) -> int:
     return update + (2 * max(sizes) + rest) * width
 
 
-def _activations(hf: PreTrainedModel, tokens: int, activation_checkpointing: bool) -> int:
+def _activations(
+    hf: PreTrainedModel, tokens: int, activation_checkpointing: bool, selective: bool
+) -> int:
     """What one pass holds, from the shapes of the modules.
 
     Each matrix's output twice (itself, and what the next operation makes of it), four times the
-    hidden state for norms and residuals; logits and their gradient in float32.
+    hidden state for norms and residuals; logits and their gradient in float32. What selective
+    recomputation keeps: each matrix's output once, attention's, and the block's input.
     """
     config = hf.config
     width = _compute_bytes(hf)
@@ -195,7 +200,9 @@ def _activations(hf: PreTrainedModel, tokens: int, activation_checkpointing: boo
     logits = (min(tokens, _LOGIT_TOKENS) if chunked else tokens) * int(config.vocab_size)
     head = logits * (4 + 4 + width)
     if activation_checkpointing:
-        return len(each) * tokens * hidden * width + max(each) + head
+        inputs = len(each) * tokens * hidden * width
+        products = [tokens * width * (_outputs(b, config) + hidden) for b in blocks]
+        return inputs + (sum(products) if selective else 0) + max(each) + head
     return sum(each) + head
 
 

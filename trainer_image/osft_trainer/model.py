@@ -188,23 +188,6 @@ def apply_liger(model: PreTrainedModel, use_liger: bool, device: torch.device) -
     return None
 
 
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each block's activations in backward instead of keeping them.
-
-    Raises:
-        ValueError: if the model's code does not support it.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(
-            f"activation checkpointing: {type(model).__name__} does not support it; switch it off"
-        )
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        # Its name in older versions of transformers; newer ones warn about it.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 def decompose_weight(plan: Plan) -> Decompose:
     """The provider without a cache: decompose on the weight's device in float64."""
     assert plan.split_by == "weights", "activations are read by `decomposition.prepare`"

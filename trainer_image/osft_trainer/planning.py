@@ -69,6 +69,7 @@ def make_report(
         processes=processes,
         tokens=training.max_tokens_per_gpu,
         activation_checkpointing=training.activation_checkpointing,
+        selective=training.selective_activation_checkpointing,
         accumulates=passes > 1,
     )
     return Report(

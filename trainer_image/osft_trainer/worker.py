@@ -189,6 +189,8 @@ def _naming_lack_of_memory(arguments: TrainerArguments, reporter: Reporter) -> I
         cures = [f"lower max_tokens_per_gpu (now {training.max_tokens_per_gpu})"]
         if not training.activation_checkpointing:
             cures.append("set activation_checkpointing")
+        if training.selective_activation_checkpointing:
+            cures.append("unset selective_activation_checkpointing")
         cures.append("train on more processes, which share the model")
         if on_host:
             cures.append("raise the memory limit of the pod")

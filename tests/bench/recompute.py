@@ -1,0 +1,175 @@
+"""What keeping, recomputing and compiling a decoder block costs: `make bench-recompute`.
+
+One model and one batch, trained by OSFT (exact): every block keeps all it computed, only its input
+(activation checkpointing), or its input and the results of matrix products and attention (selective
+checkpointing); and all of it with each block compiled by torch.compile. Each setting runs in a
+process of its own, and they take turns. Memory is the highest resident memory of the first forward
+and backward pass, less what lay there before it (on CUDA: of allocated memory). The result goes to
+`tests/bench/results/`, and `make generate` puts it into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.methods import Method, Setting, ours
+from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, save
+from osft_trainer.model import OSFTModel
+from osft_trainer.parallel import World
+from osft_trainer.recomputation import enable_activation_checkpointing
+from osft_trainer.targets import decoder_blocks
+
+RESULTS = Path(__file__).with_name("results")
+MODES: dict[str, tuple[str, bool]] = {
+    "everything is kept": ("keep", False),
+    "activation checkpointing": ("recompute", False),
+    "selective activation checkpointing": ("selective", False),
+    "everything is kept, blocks compiled": ("keep", True),
+    "activation checkpointing, blocks compiled": ("recompute", True),
+}
+"""What is kept, and whether blocks are compiled."""
+STEPS = 3
+
+Numbers = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, write the result, print it."""
+    arguments = _parser().parse_args()
+    if arguments.one is not None:
+        print(json.dumps(measure(arguments)))
+        return
+    shape = arguments.shape or (CPU_SHAPES if arguments.device == "cpu" else CUDA_SHAPES)[-1]
+    turns: dict[str, list[Numbers]] = {mode: [] for mode in MODES}
+    with tempfile.TemporaryDirectory(prefix="osft-bench-") as folder:
+        dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+        weights = save(shape, Path(folder) / "base", dtype)
+        for turn in range(arguments.rounds):
+            for mode in MODES:
+                print(f"round {turn + 1} of {arguments.rounds}: {mode}", file=sys.stderr)
+                turns[mode].append(_in_a_process(mode, Path(folder), arguments))
+    on_cuda = arguments.device == "cuda"
+    result = {
+        "command": "make bench-recompute",
+        "machine": torch.cuda.get_device_name() if on_cuda else machine.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": machine.today(),
+        "shape": shape,
+        "weights": weights,
+        "tokens": arguments.tokens,
+        "modes": {mode: _summary(found) for mode, found in turns.items()},
+    }
+    path = RESULTS / f"recompute-{shape}-{arguments.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result["modes"], indent=1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="default: llama-100m, on CUDA llama-3.1-8b")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each setting")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def _in_a_process(mode: str, folder: Path, arguments: argparse.Namespace) -> Numbers:
+    command = [sys.executable, "-m", "bench.recompute", f"--one={mode}", f"--folder={folder}"]
+    command += [f"--device={arguments.device}", f"--tokens={arguments.tokens}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"bench: {mode} failed with exit code {done.returncode}, see above")
+    found: Numbers = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> Numbers:
+    """One setting in this process."""
+    method = _method(arguments)
+    vocabulary = method.module.get_submodule("hf.model.embed_tokens").weight.shape[0]
+    torch.manual_seed(1)
+    tokens = torch.randint(int(vocabulary), (1, arguments.tokens)).to(arguments.device)
+    positions = torch.arange(arguments.tokens, device=arguments.device)[None]
+    before = _start_of_peak(arguments.device)
+    method.loss(tokens, positions).backward()  # type: ignore[no-untyped-call]
+    activations = _peak(arguments.device) - before
+    method.optimizer.zero_grad(set_to_none=True)
+    began = time.perf_counter()
+    method.step(tokens)
+    warm_up = time.perf_counter() - began
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        method.step(tokens)  # waits for the device at its end
+        seconds.append(time.perf_counter() - began)
+    return {"bytes": activations, "warm_up_seconds": warm_up, "step_seconds": seconds}
+
+
+def _method(arguments: argparse.Namespace) -> Method:
+    on_cuda = arguments.device == "cuda"
+    setting = Setting(
+        base=arguments.folder / "base",
+        work=arguments.folder,
+        world=World(0, 0, 1, torch.device(arguments.device)),
+        dtype=torch.bfloat16 if on_cuda else torch.float32,
+        ratio=0.25,
+        activation_checkpointing=False,
+        liger=on_cuda,
+    )
+    method = ours(setting, "exact")
+    model = method.module
+    assert isinstance(model, OSFTModel)
+    model.train()
+    kept, compiled = MODES[arguments.one]
+    if kept != "keep":
+        enable_activation_checkpointing(model.hf, selective=kept == "selective")
+    if compiled:
+        _, blocks = decoder_blocks(model.hf)
+        for block in blocks:
+            block.compile()
+    return method
+
+
+def _start_of_peak(device: str) -> int:
+    """From here on the highest is noted anew; bytes that lie there now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _resident("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+
+
+def _resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def _summary(turns: list[Numbers]) -> Numbers:
+    steps = [statistics.median(turn["step_seconds"]) for turn in turns]
+    return {
+        "step_seconds": steps,
+        "bytes": statistics.median(turn["bytes"] for turn in turns),
+        "warm_up_seconds": [turn["warm_up_seconds"] for turn in turns],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a decoder block keeps between the forward and the backward pass.
+
+Lives here: switching recomputation on, whole or selective. Called by `assembly` before the model is
+converted and sharded. Must never: change a result; what is computed again has the same values.
+
+A block that keeps only its input runs its forward pass twice. Most of that time goes into a few
+operations, matrix products and attention, whose results are a part of what a block would keep.
+Selective recomputation keeps these and computes the rest again: norms, rotary embedding,
+activation functions, residuals (Korthikanti et al., 2022, arXiv:2205.05198, section 5, keeps the
+products and recomputes attention; here attention is kept, too, which with kernels that hold no
+T x T matrix costs one hidden state).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.attention.varlen  # registers its operation
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+_ATEN = torch.ops.aten
+
+_COSTLY = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN.baddbmm.default,
+    _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""Operations whose results are kept by selective recomputation."""
+
+
+def enable_activation_checkpointing(model: PreTrainedModel, selective: bool = False) -> None:
+    """Recompute each block's activations in backward instead of keeping them.
+
+    Args:
+        model: as transformers loads it.
+        selective: keep the results of matrix products and attention, and recompute the rest.
+
+    Raises:
+        ValueError: if the model's code does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"activation checkpointing: {type(model).__name__} does not support it; switch it off"
+        )
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, costly_operations())
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(how)
+    else:
+        # Its name in older versions of transformers; newer ones warn about it.
+        model.gradient_checkpointing_enable(how)
+
+
+def costly_operations() -> list[torch._ops.OpOverload]:
+    """What selective recomputation keeps, with torch's variable-length attention."""
+    return [*_COSTLY, torch.ops.torch_attn._varlen_attn.default]

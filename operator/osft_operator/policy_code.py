@@ -34,6 +34,7 @@ LOADING_PREFIXES = (
 LOADING = (
     "PATH",
     "HOME",
+    "TMPDIR",
     "XDG_CACHE_HOME",
     "HF_MODULES_CACHE",
     "BASH_ENV",

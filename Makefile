@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test soak check generate page verify clean
 .PHONY: bench bench-train bench-gpu bench-recompute bench-bases bench-retention bench-data bench-plan bench-operator bench-checkpoint
-SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py)
+SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py \
+	resume.py)
 
 
 $(VENV)/.run: pyproject.toml constraints.txt

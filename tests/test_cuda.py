@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from osft_trainer import worker
+from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.exchange import full
 from osft_trainer.model import OSFTModel, apply_liger, convert
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients, shard, split_over_ranks, start_world
-from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.targets import plan_targets
 from tiny_models import packed_batch, tiny_model
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from osft_trainer import evaluation
+from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.data import prepare
 from osft_trainer.evaluation import mean_loss
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.outcome import NoLossTokens
 from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.prepared import PreparedData, open_prepared
-from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.targets import plan_targets
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

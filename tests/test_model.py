@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from osft_trainer import forward
@@ -23,7 +21,6 @@ from osft_trainer.model import (
     load_model,
 )
 from osft_trainer.parallel import World, clip_gradients
-from osft_trainer.recomputation import costly_operations, enable_activation_checkpointing
 from osft_trainer.targets import plan_targets
 from tiny_models import FAMILIES, packed_batch, save_tiny_model, tiny_model
 
@@ -182,45 +179,6 @@ def test_every_family_takes_a_step(family: str, parameterization: str) -> None:
     moved = [name for name, p in before.items() if not torch.equal(after[name], p)]
     assert len(moved) == len(before)
     assert model.leak() < 1e-5
-
-
-@pytest.mark.filterwarnings("error::FutureWarning")
-@pytest.mark.parametrize("selective", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_activation_checkpointing_changes_no_gradient(family: str, selective: bool) -> None:
-    plain, saving = converted(family, 0.3), converted(family, 0.3)
-    enable_activation_checkpointing(saving.hf, selective)
-    for model in (plain, saving):
-        model.train()
-        model(**packed_batch(LENGTHS)).backward()
-    for name, p in plain.trainables().items():
-        assert torch.allclose(saving.trainables()[name].grad, p.grad, atol=1e-6), name
-
-
-def test_selective_checkpointing_computes_no_product_twice() -> None:
-    """Counts matrix products and attention that run in a step."""
-    counts = {}
-    for selective in (False, True):
-        model = converted("llama", 0.3)
-        model.train()
-        enable_activation_checkpointing(model.hf, selective)
-        with Counting() as counted:
-            model(**packed_batch(LENGTHS)).backward()
-        counts[selective] = counted.costly
-    again = 7 + 1  # products of a block, and its attention
-    assert counts[False] - counts[True] == again * model.hf.config.num_hidden_layers
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operations that selective checkpointing is about."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.costly = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.costly += func in costly_operations()
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "mixtral"])

@@ -1,7 +1,11 @@
-"""A run that is killed and started again ends as if nothing had happened."""
+"""A run that is killed and started again ends as if nothing had happened.
+
+With OSFT_SOAK set a run with compiled blocks, too.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -70,6 +74,20 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(
     kill_at(told, second)
     tiny.complete(told)
     assert tiny.rows(told) == undisturbed, f"killed after {first} and {second} steps"
+
+
+@pytest.mark.skipif("OSFT_SOAK" not in os.environ, reason="every process compiles for a minute")
+def test_two_ranks_with_compiled_blocks_go_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    whole = parameters(base, tmp_path / "whole", num_epochs=2, torch_compile=True)
+    tiny.complete(whole, ranks=2)
+    told = parameters(base, tmp_path / "killed", num_epochs=2, torch_compile=True)
+    kill_at(told, 3, ranks=2)
+    tiny.complete(told, ranks=2)
+    assert tiny.rows(told) == tiny.rows(whole)
+    plain = parameters(base, tmp_path / "plain", num_epochs=2)
+    tiny.complete(plain, ranks=2)
+    losses = [[row["loss"] for row in tiny.rows(one)] for one in (told, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05), "dropout draws other numbers"
 
 
 def test_killed_at_the_end_of_an_epoch(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import tiny
 from osft_trainer.attention import use_variable_length
+from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.decomposition import prepare
 from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
@@ -30,7 +31,6 @@ from osft_trainer.model import (
 )
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
-from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.shards import HostCopy, write_rows

@@ -58,7 +58,7 @@ def recompute_table(result: Numbers) -> str:
         f"{result['tokens']} tokens a step, on {result['machine']}, {result['threads']} threads "
         f"({result['date']}, torch {result['torch']}):",
         "",
-        _row(["", "step s", "ratio", "spread", "memory of a pass GB", "ratio", "first step s"]),
+        _row(["", "step s", "ratio", "spread", "memory of a pass GB", "ratio", "first pass s"]),
         _row(["---"] * 7),
     ]
     for name, numbers in modes.items():
@@ -70,7 +70,7 @@ def recompute_table(result: Numbers) -> str:
             f"{min(ratios):.2f} to {max(ratios):.2f}",
             f"{numbers['bytes'] / 1e9:.2f}",
             f"**{numbers['bytes'] / first['bytes']:.2f}**",
-            f"{statistics.median(numbers['warm_up_seconds']):.1f}",
+            f"{statistics.median(numbers['first_pass_seconds']):.1f}",
         ]
         lines.append(_row([name, *cells]))
     return "\n".join(lines)

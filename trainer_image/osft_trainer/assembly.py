@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from osft_trainer import decomposition
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.attention import use_variable_length
+from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
@@ -31,7 +32,6 @@ from osft_trainer.model import (
 )
 from osft_trainer.parallel import World, shard
 from osft_trainer.prepared import PreparedData
-from osft_trainer.recomputation import enable_activation_checkpointing
 from osft_trainer.report import RunFolder, write_atomically
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.targets import Plan, plan_targets
@@ -126,6 +126,8 @@ def build_model(
     if text is not None:
         _write_retention(text, bases, folder, world)
     model = convert(hf, plan, decompose=bases.decompose, fused_loss=liger_off is None)
+    if training.torch_compile:
+        compile_blocks(hf, world.device)
     shard(model, world)
     return model, bases.digest, text
 

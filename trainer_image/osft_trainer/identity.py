@@ -44,6 +44,7 @@ NOT_IN_FINGERPRINT = frozenset(
         "use_liger",
         "activation_checkpointing",
         "selective_activation_checkpointing",
+        "torch_compile",
         "trust_remote_code",
         # What is measured and kept beside the result.
         "validation_data_path",

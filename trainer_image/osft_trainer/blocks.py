@@ -1,7 +1,7 @@
-"""What a decoder block keeps between the forward and the backward pass.
+"""How decoder blocks run: what they keep between forward and backward, and whether compiled.
 
-Lives here: switching recomputation on, whole or selective. Called by `assembly` before the model is
-converted and sharded. Must never: change a result; what is computed again has the same values.
+Lives here: switching recomputation on, whole or selective, and torch.compile. Called by `assembly`
+before the model is sharded. Must never: change a result beyond the rounding of compiled kernels.
 
 A block that keeps only its input runs its forward pass twice. Most of that time goes into a few
 operations, matrix products and attention, whose results are a part of what a block would keep.
@@ -13,6 +13,8 @@ T x T matrix costs one hidden state).
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 import torch.nn.attention.varlen  # registers its operation
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+
+from osft_trainer.targets import decoder_blocks
 
 _ATEN = torch.ops.aten
 
@@ -64,3 +68,24 @@ def enable_activation_checkpointing(model: PreTrainedModel, selective: bool = Fa
 def costly_operations() -> list[torch._ops.OpOverload]:
     """What selective recomputation keeps, with torch's variable-length attention."""
     return [*_COSTLY, torch.ops.torch_attn._varlen_attn.default]
+
+
+def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
+    """Let torch compile each decoder block when it first runs; after `convert`, before sharding.
+
+    Blocks of one shape share what is compiled, and rows of any length do: the first pass takes some
+    ten seconds longer, forward and backward.
+
+    Raises:
+        ValueError: if there is no compiler to do it with.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"torch_compile: on CPU it needs a C++ compiler, and there is no {compiler}: install "
+            "one, or unset torch_compile"
+        )
+    _, blocks = decoder_blocks(model)
+    for block in blocks:
+        # Packed rows differ in length: one graph for all of them, also for those after a restart.
+        block.compile(dynamic=True)

@@ -8,8 +8,9 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from osft_operator import job_metrics, logs, transitions
@@ -17,7 +18,8 @@ from osft_operator.job_metrics import Survey
 from osft_operator.metrics import registry
 from osft_operator.names import QUEUE_LABEL
 from osft_operator.queue import Key
-from world import START, World, last_words
+from osft_operator.status_model import Phase
+from world import START, World, last_words, running
 
 KEY = Key("ns", "sample")
 
@@ -142,6 +144,25 @@ def test_the_survey_counts_phases_waits_stalls_and_lost_losses() -> None:
 
 def later(seconds: int) -> str:
     return (START + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.mark.parametrize("phase", get_args(Phase))
+def test_only_a_job_that_runs_stands_still(phase: str) -> None:
+    """An alert on it would never end for a job that has."""
+    told = {"conditions": [condition("Stalled", "True", later(0))]}
+    Survey(per_job=False).take([body("a", phase, told)], START)
+    assert value("osftjob_stalled") == (phase == "Running")
+
+
+def test_a_job_that_stood_still_until_its_end_is_not_counted() -> None:
+    world = running({"spec.stall": {"timeoutSeconds": 600}, "spec.activeDeadlineSeconds": 700})
+    survey = Survey(per_job=False)
+    for seconds, phase, count in ((600, "Running", 1), (100, "Failed", 0)):
+        world.wait(seconds)
+        world.settle()
+        assert world.status["phase"] == phase
+        survey.take([world.body], world.now)
+        assert value("osftjob_stalled") == count
 
 
 def test_single_jobs_are_told_when_wanted_and_go_with_their_job() -> None:

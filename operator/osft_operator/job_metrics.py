@@ -138,7 +138,8 @@ class Survey(Collector):
             status = body.get("status") or {}
             phase = status.get("phase") or "Pending"
             phases[phase] += 1
-            stalling += find_condition(status, "Stalled").get("status") == "True"
+            stalled_now = find_condition(status, "Stalled").get("status") == "True"
+            stalling += phase == "Running" and stalled_now
             without_loss += phase == "Running" and _lost(status)
             if phase in WAITING and _may_begin(status):
                 gpu = "true" if _wants_gpus(body) else "false"

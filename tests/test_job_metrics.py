@@ -6,18 +6,22 @@ import datetime
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from osft_operator import job_metrics, logs, transitions
+from osft_operator.decide import refused
 from osft_operator.job_metrics import Survey
 from osft_operator.metrics import registry
 from osft_operator.names import QUEUE_LABEL
+from osft_operator.observed import text_of
 from osft_operator.queue import Key
-from world import START, World, last_words
+from osft_operator.status_model import Phase
+from world import START, World, last_words, running
 
 KEY = Key("ns", "sample")
 
@@ -142,6 +146,84 @@ def test_the_survey_counts_phases_waits_stalls_and_lost_losses() -> None:
 
 def later(seconds: int) -> str:
     return (START + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.mark.parametrize("phase", get_args(Phase))
+def test_only_a_job_that_runs_stands_still(phase: str) -> None:
+    """An alert on it would never end for a job that has."""
+    told = {"conditions": [condition("Stalled", "True", later(0))]}
+    Survey(per_job=False).take([body("a", phase, told)], START)
+    assert value("osftjob_stalled") == (phase == "Running")
+
+
+def test_a_job_that_stood_still_until_its_end_is_not_counted() -> None:
+    world = running({"spec.stall": {"timeoutSeconds": 600}, "spec.activeDeadlineSeconds": 700})
+    survey = Survey(per_job=False)
+    for seconds, phase, count in ((600, "Running", 1), (100, "Failed", 0)):
+        world.wait(seconds)
+        world.settle()
+        assert world.status["phase"] == phase
+        survey.take([world.body], world.now)
+        assert value("osftjob_stalled") == count
+
+
+FOR_ROOM = (
+    "Starting", "PodsStarting", "Waiting", "Unschedulable", "ClaimPending", "PodsNotCreated",
+    "NodeLost", "InitStuck", "PyTorchJobKindMissing", "FailedAttachVolume",
+)  # fmt: skip
+"""Reasons that the cluster or its administrator sees to."""
+FOR_ITS_AUTHOR = (
+    "NameTaken", "ClaimTaken", "ClaimNotFound", "ClaimTerminating", "ClaimNotShared",
+    "ClaimDiffers", "ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName",
+    "CreateContainerConfigError", "FailedMount", "InitContainerFailing",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "counts"),
+    [("Running", reason, True) for reason in FOR_ROOM]
+    + [("Running", reason, False) for reason in FOR_ITS_AUTHOR]
+    + [("Accepted", reason, False) for reason in ("Denied", "InvalidSpec", "Refused")],
+)
+def test_who_waits_for_its_author_does_not_wait_for_gpus(
+    kind: str, reason: str, counts: bool
+) -> None:
+    told = {"conditions": [{**condition(kind, "False", later(0)), "reason": reason}]}
+    now = START + datetime.timedelta(seconds=100)
+    Survey(per_job=False).take([body("a", "Starting", told, gpus=1)], now)
+    assert (value("osftjob_oldest_waiting_seconds", gpu="true") > 0) == counts
+
+
+def is_denied(world: World) -> None:
+    world.edit(podTemplate={"spec": {"hostNetwork": True}})
+    world.settle()
+    world.wait(3600)
+    world.edit(podTemplate=None)
+
+
+def lacks_its_claim(world: World) -> None:
+    world.edit(storage={"checkpoints": {"claimName": "mine"}})
+    world.settle()
+    world.wait(3600)
+    world.claim = {"metadata": {"name": "mine"}}
+
+
+def is_refused(world: World) -> None:
+    world.step()
+    decision = refused(world.step(act=False, record=False), world.body, "422: no", world.now)
+    world.body["status"] = decision.status
+    world.wait(3600)
+
+
+@pytest.mark.parametrize("waits", [is_denied, lacks_its_claim, is_refused])
+def test_the_wait_for_room_begins_when_the_author_is_done(waits: Callable[[World], None]) -> None:
+    world = World(creationTimestamp=text_of(START))
+    waits(world)
+    world.settle()
+    world.wait(20)
+    Survey(per_job=False).take([world.body], world.now)
+    assert world.status["phase"] == "Starting"
+    assert value("osftjob_oldest_waiting_seconds", gpu="false") == 20
 
 
 def test_single_jobs_are_told_when_wanted_and_go_with_their_job() -> None:

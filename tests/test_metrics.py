@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import platform
+import socket
 import urllib.error
 import urllib.request
+
+import pytest
 
 from osft_operator import metrics, probes
 from osft_operator.settings import Settings
 
 
-def fetch(port: int, path: str) -> tuple[int, str]:
+def fetch(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=5) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -71,6 +74,30 @@ def test_probes_answer_and_readiness_waits_for_the_first_sync() -> None:
         code, text = fetch(port, "/healthz")
         assert code == 503
         assert "the event loop stands still for 31 s" in text
+    finally:
+        close()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on the loopback")
+@pytest.mark.parametrize("address", ["::1", "::"])
+def test_probes_and_metrics_are_served_on_ipv6(address: str) -> None:
+    port, close = probes.serve(probes.Health(Settings()), address, 0)
+    try:
+        assert fetch(port, "/healthz", "[::1]") == (200, "ok")
+    finally:
+        close()
+    port, close = metrics.serve(address, 0)
+    try:
+        assert fetch(port, "/metrics", "[::1]")[0] == 200
     finally:
         close()
 

@@ -12,9 +12,9 @@ import job_samples
 from cluster.control_plane import ControlPlane
 from osft_operator.actions import Event
 from osft_operator.budget import Budget
-from osft_operator.cluster import Cluster, Conflict
+from osft_operator.cluster import Cluster, Conflict, Refused
 from osft_operator.events import Recorder, newest_about
-from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS
+from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind
 from osft_operator.merge_patch import merge_patch
 from osft_operator.names import JOB_LABEL
 from osft_operator.observed import Said
@@ -146,6 +146,32 @@ def test_a_refusal_is_a_condition_with_the_servers_words_and_told_once(
         await scene.settle()
         assert await scene.names(PYTORCHJOBS) == ["run"]
         assert (await scene.condition("Accepted"))["status"] == "True"
+
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_what_was_decided_is_told_though_only_the_claim_could_be_made(
+    tell: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(scene: Scene) -> None:
+        create = scene.cluster.create
+
+        async def refuse_pytorchjobs(kind: Kind, namespace: str, body: Any) -> Any:
+            if kind is PYTORCHJOBS:
+                raise Refused("422: no")
+            return await create(kind, namespace, body)
+
+        monkeypatch.setattr(scene.cluster, "create", refuse_pytorchjobs)
+        job = (OSFTJOBS, scene.namespace, "run")
+        await scene.one_pass()
+        await scene.cluster.patch(*job, {"spec": {"suspend": True}})
+        await scene.settle()
+        await scene.cluster.patch(*job, {"spec": {"suspend": False}})
+        for _ in range(3):
+            assert await scene.one_pass() == 300
+        assert await scene.names(CLAIMS) == ["run-checkpoints"]
+        assert await scene.said() == {"SuspendRequested": 1, "Resumed": 1, "Refused": 1}
 
     tell(story)
 

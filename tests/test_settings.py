@@ -21,6 +21,7 @@ def test_every_field_is_read_from_its_variable() -> None:
         "OSFT_WORKERS": "3",
         "OSFT_PROGRESS_POLL_SECONDS": "0.5",
         "OSFT_RUN_AS_USER": "null",
+        "OSFT_RUN_AS_GROUP": "0",
         "OSFT_FS_GROUP": "2000",
         "OSFT_TRAINER_IMAGE": "example/trainer:1",
         "OSFT_LOG_LEVEL": "",
@@ -31,6 +32,7 @@ def test_every_field_is_read_from_its_variable() -> None:
     assert settings.workers == 3
     assert settings.progress_poll_seconds == 0.5
     assert settings.run_as_user is None
+    assert settings.run_as_group == 0, "root's group is no root"
     assert settings.fs_group == 2000
     assert settings.trainer_image == "example/trainer:1"
     assert settings.log_level == "INFO", "an empty variable means the default"
@@ -43,6 +45,7 @@ def test_every_field_is_read_from_its_variable() -> None:
         ({"OSFT_WORKERS": "many"}, ['OSFT_WORKERS is "many"', "integer"]),
         ({"OSFT_WORKERS": "0"}, ['OSFT_WORKERS is "0"', "greater than or equal to 1"]),
         ({"OSFT_WORKERS": "null"}, ["OSFT_WORKERS is null"]),
+        ({"OSFT_RUN_AS_USER": "0"}, ['OSFT_RUN_AS_USER is "0"', "greater than or equal to 1"]),
         ({"OSFT_PYTORCH_JOB_SHAPE": "ring"}, ["OSFT_PYTORCH_JOB_SHAPE", "worker-only"]),
         (
             {"OSFT_LEASE_RENEW_SECONDS": "10", "OSFT_LEASE_DURATION_SECONDS": "15"},

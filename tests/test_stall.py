@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
@@ -74,7 +75,58 @@ def test_a_run_that_stands_still_without_restarts_left_fails() -> None:
     world.settle()
     assert (world.status["phase"], world.status["reason"]) == ("Failed", "Stalled")
     assert "still at Starting step 7" in world.condition("Failed")["message"]
+    assert (world.condition("Stalled")["status"], world.events.count("Stalled")) == ("False", 1)
     assert not world.jobs
+
+
+def succeeds(world: World) -> None:
+    world.tell("sample", "Succeeded")
+
+
+def is_too_late(world: World) -> None:
+    world.wait(10000)
+
+
+def is_given_up(world: World) -> None:
+    world.jobs.clear()
+
+
+ENDS = [
+    ({}, succeeds, "Succeeded", "Done"),
+    ({"spec.activeDeadlineSeconds": 9000}, is_too_late, "Failed", "DeadlineExceeded"),
+    ({"spec.maxRestarts": 0}, is_given_up, "Failed", "PyTorchJobDeleted"),
+]
+
+
+@pytest.mark.parametrize(("changes", "ends", "phase", "reason"), ENDS)
+def test_a_run_that_is_over_does_not_stand_still(
+    changes: dict[str, object], ends: Callable[[World], None], phase: str, reason: str
+) -> None:
+    world = stalled(**changes)
+    world.settle()
+    words = world.condition("Stalled")["message"]
+    ends(world)
+    world.settle()
+    assert (world.status["phase"], world.status["reason"]) == (phase, reason)
+    condition = world.condition("Stalled")
+    assert (condition["status"], condition["reason"]) == (
+        "False",
+        world.condition("Running")["reason"],
+    )
+    assert condition["message"] == words, "what came before the end is still told"
+    assert world.events[-2:] == ["NoProgress", reason], "and is no news"
+
+
+def test_an_attempt_that_is_gone_does_not_stand_still() -> None:
+    world = stalled()
+    world.settle()
+    world.jobs.clear()
+    world.claim = None
+    world.edit(storage={"checkpoints": {"claimName": "mine"}})
+    world.settle()
+    assert world.condition("Running")["reason"] == "ClaimNotFound"
+    condition = world.condition("Stalled")
+    assert (condition["status"], condition["reason"]) == ("False", "NotRunning")
 
 
 def test_what_was_never_heard_is_no_reason_to_restart() -> None:

@@ -235,6 +235,36 @@ def test_what_is_refused_for_a_running_attempt_is_told_once_and_it_is_asked_on()
     assert told.poll == running_on.poll != ()
 
 
+def test_what_else_was_decided_is_told_though_the_job_is_refused() -> None:
+    world = World()
+    world.step()
+    world.edit(suspend=True)
+    world.settle()
+    world.edit(suspend=False)
+    resumed = world.step(act=False, record=False)
+    made = [type(action).__name__ for action in resumed.actions]
+    assert made == ["CreateClaim", "CreatePyTorchJob"]
+    told = refused(resumed, world.body, "422: no", world.now)
+    assert [event.reason for event in told.events] == ["Resumed", "Refused"]
+    world.body["status"] = told.status
+    again = refused(world.step(act=False, record=False), world.body, "422: no", world.now)
+    assert (again.status, again.events) == (told.status, ()), "once"
+
+
+def test_a_refusal_takes_the_place_of_what_was_thought_of_the_spec() -> None:
+    """Else both would be news in each pass: the status has room for one of them."""
+    world = running()
+    world.edit(suspend=True)
+    world.step()
+    world.body["spec"]["training"]["maxSeqLen"] = 4096
+    for _ in range(2):
+        asked = world.step(act=False, record=False)
+        assert [event.reason for event in asked.events] == ["InvalidSpec"]
+        told = refused(asked, world.body, "denied", world.now)
+        assert "InvalidSpec" not in [event.reason for event in told.events]
+        world.body["status"] = told.status
+
+
 def test_pods_that_are_not_made_are_explained() -> None:
     world = World()
     world.settle()

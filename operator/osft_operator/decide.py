@@ -120,8 +120,13 @@ def refused(decision: Decision, body: Object, message: str, now: datetime.dateti
     set_phase(status)
     told = find_condition(status, "Accepted")
     is_news = any(before["Accepted"].get(part) != told[part] for part in ("reason", "message"))
-    events = (Event("Warning", "Refused", message),) if is_news else ()
+    # The other conditions are written as decided, and what is written once is news only once.
+    thought = find_condition(decision.status, "Accepted")
+    about = (thought.get("reason"), thought.get("message"))
+    events = [event for event in decision.events if (event.reason, event.message) != about]
+    if is_news:
+        events.append(Event("Warning", "Refused", message))
     # a deadline comes on time also for a job whose pods are refused
     due = REFUSED_SECONDS if decision.requeue_after is None else decision.requeue_after
     due = min(REFUSED_SECONDS, due)
-    return Decision(status, events=events, requeue_after=due, poll=decision.poll)
+    return Decision(status, events=tuple(events), requeue_after=due, poll=decision.poll)

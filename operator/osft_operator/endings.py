@@ -26,15 +26,21 @@ def complete(draft: Draft) -> None:
     final = draft.status.get("checkpoint", {}).get("final")
     words = f"the trained model is in {final}" if final else "the training is done"
     draft.condition("Complete", "True", "Done", words)
-    draft.condition("Running", "False", "Complete")
-    draft.status["completionTime"] = draft.now_text
-    draft.look_again(0)
+    _end(draft, "Complete")
 
 
 def fail(draft: Draft, reason: str, message: str) -> None:
     """The job has failed for good; what still runs is stopped in the next pass."""
     draft.condition("Failed", "True", reason, message)
-    draft.condition("Running", "False", "Failed")
+    _end(draft, "Failed")
+
+
+def _end(draft: Draft, reason: str) -> None:
+    draft.condition("Running", "False", reason)
+    stalled = find_condition(draft.status, "Stalled")
+    if stalled["status"] == "True":
+        # nothing stands still any more; its words stay, as what came before the end
+        draft.condition("Stalled", "False", reason, stalled["message"])
     draft.status["completionTime"] = draft.now_text
     draft.look_again(0)
 

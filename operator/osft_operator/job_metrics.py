@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from osft_operator import resources
+from osft_operator import obstacles, resources, waiting
 from osft_operator.metrics import registry
 from osft_operator.observed import find_condition, time_of
 
@@ -43,6 +43,8 @@ OUTCOMES = frozenset(
 """Reasons that become a label. A pod can say any word: all others count as Other."""
 WAITING = ("Pending", "Queued", "Starting")
 """Phases of a job that would like to run."""
+FOR_ITS_AUTHOR = obstacles.FOR_ITS_AUTHOR | waiting.FOR_ITS_AUTHOR
+"""Reasons of Running=False with which no job waits for room."""
 
 jobs = Gauge("osftjob_jobs", "OSFTJobs by phase.", ["phase"], registry=registry)
 stalled = Gauge(
@@ -55,7 +57,8 @@ loss_not_finite = Gauge(
 )
 oldest_waiting = Gauge(
     "osftjob_oldest_waiting_seconds",
-    "How long the OSFTJob that waits longest has wanted to run, by whether it wants GPUs.",
+    "How long the OSFTJob that waits longest has wanted to run, by whether it wants GPUs; "
+    "those that wait for their author are left out.",
     ["gpu"],
     registry=registry,
 )
@@ -138,7 +141,8 @@ class Survey(Collector):
             status = body.get("status") or {}
             phase = status.get("phase") or "Pending"
             phases[phase] += 1
-            stalling += find_condition(status, "Stalled").get("status") == "True"
+            stalled_now = find_condition(status, "Stalled").get("status") == "True"
+            stalling += phase == "Running" and stalled_now
             without_loss += phase == "Running" and _lost(status)
             if phase in WAITING and _may_begin(status):
                 gpu = "true" if _wants_gpus(body) else "false"
@@ -220,20 +224,22 @@ def _wants_gpus(body: Object) -> bool:
 
 
 def _may_begin(status: Object) -> bool:
-    """Whether room is what it waits for; a refused job waits for its author."""
-    accepted = find_condition(status, "Accepted")
-    return accepted.get("reason") not in ("Denied", "InvalidSpec", "Refused")
+    """Whether it waits for the cluster; a job that is refused or wrong waits for its author."""
+    if find_condition(status, "Accepted").get("reason") in ("Denied", "InvalidSpec", "Refused"):
+        return False
+    return find_condition(status, "Running").get("reason") not in FOR_ITS_AUTHOR
 
 
 def _waited(body: Object, status: Object, now: datetime.datetime) -> float:
     made = body["metadata"]["creationTimestamp"]
     times = [find_condition(status, kind).get("lastTransitionTime") for kind in WAIT_CONDITIONS]
-    since = max(time_of(each) for each in (made, *times) if each)
+    since = max(time_of(each) for each in (made, status.get("startTime"), *times) if each)
     return max(0.0, (now - since).total_seconds())
 
 
-WAIT_CONDITIONS = ("Running", "Suspended")
-"""A job has waited since the last of these changed: it was made, stopped, or resumed."""
+WAIT_CONDITIONS = ("Accepted", "Running", "Suspended")
+"""A job has waited since the last of these changed, or since nothing was in its way any more: it
+was made, corrected, stopped, or resumed."""
 
 
 def _time(condition: Object) -> datetime.datetime:

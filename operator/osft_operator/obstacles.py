@@ -16,6 +16,17 @@ from osft_operator.spec import OSFTJob
 
 LONG_SECONDS = 30.0
 """Until the next look at something that a person must change."""
+FOR_ITS_AUTHOR = frozenset(
+    {
+        "NameTaken",
+        "ClaimDiffers",
+        "ClaimNotFound",
+        "ClaimNotShared",
+        "ClaimTaken",
+        "ClaimTerminating",
+    }
+)
+"""Reasons that whoever made the job must see to. A missing kind is the administrator's."""
 
 
 def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> bool:
@@ -37,6 +48,7 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
         reason, words = trouble
     else:
         return False
+    assert reason in FOR_ITS_AUTHOR, reason
     draft.condition("Running", "False", reason, words)
     draft.look_again(LONG_SECONDS)
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -78,6 +79,10 @@ class Health:
             self.beat(stalled_seconds())
 
 
+class _Server6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], None]]:
     """Answer /healthz and /readyz on a thread of its own.
 
@@ -106,7 +111,8 @@ def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], No
         def log_message(self, *_: object) -> None:
             """Probes come every few seconds; the log is for changes."""
 
-    server = http.server.ThreadingHTTPServer((address, port), Handler)
+    kind = _Server6 if ":" in address else http.server.ThreadingHTTPServer
+    server = kind((address, port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="probes", daemon=True)
     thread.start()

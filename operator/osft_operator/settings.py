@@ -43,8 +43,8 @@ class Settings(Allowed):
     """Pull policy of the trainer's image, for jobs that name none."""
     pytorch_job_shape: Literal["master-worker", "worker-only"] = "master-worker"
     """`worker-only` where Pod Security `restricted` refuses the init container of the workers."""
-    run_as_user: int | None = Field(default=1000, ge=0)
-    """User of the training pods; `null` lets the platform choose (OpenShift)."""
+    run_as_user: int | None = Field(default=1000, ge=1)
+    """User of the training pods, never root; `null` lets the platform choose (OpenShift)."""
     run_as_group: int | None = Field(default=1000, ge=0)
     """Group of the training pods; `null` lets the platform choose."""
     fs_group: int | None = Field(default=1000, ge=0)

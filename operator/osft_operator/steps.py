@@ -72,8 +72,6 @@ def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
         if (current["metadata"].get("labels") or {}).get(names.JOB_LABEL) != draft.observed.name:
             draft.look_again(SHORT_SECONDS)  # no watch tells of it
         _watch(draft, run, current)
-        if not endings.is_finished(draft.status):
-            stall.judge(draft, run)
     elif run.suspend:
         draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
         draft.condition("Running", "False", "Suspended")
@@ -84,6 +82,8 @@ def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
         _replace_missing(draft, run)
     else:
         _create(draft, job, name)
+    if not endings.is_finished(draft.status):
+        stall.judge(draft, run)
 
 
 def _earlier_attempts_remain(draft: Draft, name: str) -> bool:

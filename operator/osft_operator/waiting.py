@@ -30,6 +30,8 @@ PROBLEMS = (
     "RunContainerError",
 )
 """Reasons of a waiting container that time alone rarely cures."""
+FOR_ITS_AUTHOR = frozenset({*PROBLEMS, "InitContainerFailing", "FailedMount"})
+"""Reasons that whoever made the job must see to: the pod has its place, and cannot use it."""
 CURES = {
     "ImagePullBackOff": "check spec.image and spec.imagePullSecrets",
     "ErrImagePull": "check spec.image and spec.imagePullSecrets",

@@ -91,6 +91,13 @@ def test_the_command_line_carries_every_value(arguments: TrainerArguments) -> No
     assert from_argv(arguments.to_argv()) == arguments
 
 
+@pytest.mark.parametrize("text", ["--", "-", "---", "--seed", "=", "-- --"])
+def test_a_text_that_looks_like_a_flag_is_a_value(text: str) -> None:
+    told = training(mlflow_tracking_uri=text, target_patterns=[text, "q_proj", text])
+    arguments = TrainerArguments(told, RunParameters(run_id=text))
+    assert from_argv(arguments.to_argv()) == arguments
+
+
 @pytest.mark.parametrize("identity", [7, "7", "uid-7", 0])
 def test_a_rendezvous_id_means_the_same_on_both_sides(identity: int | str) -> None:
     arguments = TrainerArguments(training(), launch=LaunchParameters(rdzv_id=identity))

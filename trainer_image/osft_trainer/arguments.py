@@ -121,7 +121,13 @@ def _camel_if_known(match: re.Match[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose refusal of an unknown flag names the nearest one."""
+    """argparse whose refusal of an unknown flag names the nearest one, and that keeps any value."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Python 3.11 takes the value of `--name=--` for the mark behind which no flags follow.
+        if action.option_strings and arg_strings == ["--"]:
+            return "--"
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "

@@ -1,7 +1,8 @@
 """The chart rendered by Helm's own code, for the tests that look at what it makes.
 
-MATRIX is every way to install it that a test should see. Rendered objects are validated strictly
-against the schemas of the built-in kinds (kubernetes-validate) and monitoring_kinds.
+MATRIX is every way to install it that a test should see. Rendered objects are read strictly (a name
+that stands twice is an error) and validated strictly, against the schemas of the built-in kinds
+(kubernetes-validate) and monitoring_kinds.
 """
 
 from __future__ import annotations
@@ -66,6 +67,15 @@ MATRIX: dict[str, dict[str, Any]] = {
         "rbac": {"userRoles": {"create": False}},
         "admissionPolicy": {"enabled": False},
         "networkPolicy": {"enabled": True, "trainers": True},
+    },
+    "labels of all and of one": {
+        "commonLabels": {"release": "all", "rbac.authorization.k8s.io/aggregate-to-edit": "no"},
+        "podLabels": {"release": "own"},
+        "metrics": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "own"}},
+            "prometheusRule": {"enabled": True, "labels": {"release": "own"}},
+            "dashboard": {"enabled": True, "labels": {"release": "own"}},
+        },
     },
     "no aggregation": {"rbac": {"userRoles": {"aggregate": False}}},
     "OpenShift": {
@@ -195,7 +205,21 @@ def _rendered(values: str, version: str) -> list[dict[str, Any]]:
 @functools.cache
 def _parsed(text: str) -> Any:
     # most renderings repeat each other's objects
-    return yaml.safe_load(text)
+    return yaml.load(text, StrictLoader)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in one mapping, as Flux does."""
+
+
+def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found = loader.construct_mapping(node, deep=True)
+    names = [loader.construct_object(name, deep=True) for name, _ in node.value]
+    assert len(names) == len(found), f"a name stands twice in {names}"
+    return found
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def validate(version: str, item: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from chart_rendering import (
     CHART,
+    MATRIX,
     NAMESPACE,
     OLDEST,
     environment,
@@ -79,8 +80,25 @@ def test_names_fit_and_labels_say_whose_they_are(values: dict[str, Any]) -> None
             continue
         assert len(item["metadata"]["name"]) <= 63
         assert item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
-        for key, value in values.get("commonLabels", {}).items():
-            assert item["metadata"]["labels"][key] == value
+        for key in values.get("commonLabels", {}):
+            assert key in item["metadata"]["labels"]
+
+
+def test_what_an_object_is_given_for_itself_wins_over_the_labels_of_all() -> None:
+    objects = render(MATRIX["labels of all and of one"])
+    for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):
+        assert only(objects, kind)["metadata"]["labels"]["release"] == "own"
+    deployment = only(objects, "Deployment")
+    assert deployment["metadata"]["labels"]["release"] == "all"
+    assert deployment["spec"]["template"]["metadata"]["labels"]["release"] == "own"
+    names = [item["metadata"]["name"] for item in objects if item["kind"] == "ClusterRole"]
+    joined = [
+        item["metadata"]["name"]
+        for item in objects
+        if item["metadata"].get("labels", {}).get("rbac.authorization.k8s.io/aggregate-to-edit")
+        == "true"
+    ]
+    assert joined == [name for name in names if "-job-" in name]
 
 
 @pytest.mark.parametrize(("replicas", "strategy"), [(1, "Recreate"), (2, "RollingUpdate")])

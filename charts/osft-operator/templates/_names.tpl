@@ -28,10 +28,26 @@ app.kubernetes.io/name: {{ include "osft-operator.name" . | trunc 58 | trimSuffi
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* The labels of an object that has none of its own. */}}
 {{- define "osft-operator.labels" -}}
-{{- with .Values.commonLabels }}
-{{- toYaml . }}
-{{ end -}}
+{{- include "osft-operator.labelsWith" (dict "root" .) }}
+{{- end }}
+
+{{/*
+Call with (dict "root" $ "own" <labels>): an object's own labels win over commonLabels, and ours over
+both. Each name once: a second one is an error to strict readers of YAML, and to others chance.
+*/}}
+{{- define "osft-operator.labelsWith" -}}
+{{- $labels := dict }}
+{{- range list .root.Values.commonLabels .own (include "osft-operator.ourLabels" .root | fromYaml) }}
+{{- range $name, $value := . }}
+{{- $_ := set $labels $name $value }}
+{{- end }}
+{{- end }}
+{{- toYaml $labels }}
+{{- end }}
+
+{{- define "osft-operator.ourLabels" -}}
 {{ include "osft-operator.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/component: operator

@@ -81,8 +81,17 @@ def test_everything_that_is_promised_has_an_alert() -> None:
     documented = re.findall(r"^\| (OSFT\w+) \|", (CHART / "README.md").read_text(), re.MULTILINE)
     assert documented == list(found)
     for rule in found.values():
-        assert rule["labels"]["severity"] in ("critical", "warning")
         assert {"summary", "description"} == rule["annotations"].keys()
+
+
+def test_alerts_say_whose_they_are() -> None:
+    objects = monitoring()
+    service = only(objects, "Service")["metadata"]
+    for rule in alerts(objects).values():
+        # max and the like drop what the series say of themselves
+        severity = rule["labels"].pop("severity")
+        assert severity in ("critical", "warning")
+        assert rule["labels"] == {"namespace": service["namespace"], "service": service["name"]}
 
 
 def test_alerts_ask_what_the_service_monitor_scrapes() -> None:

@@ -8,15 +8,20 @@ import subprocess
 import sys
 from typing import Any
 
+import helm_python
 import pytest
 
 import promql
-from chart_rendering import CHART, MATRIX, only, render
+from chart_rendering import CHART, MATRIX, environment, only, render
 from osft_operator import metrics
 from osft_operator.metrics import registry
+from osft_operator.probes import RESYNCS_MISSED
 from osft_operator.resync import WATCHED
+from osft_operator.settings import Settings
 
 SERIES = promql.exported() | {"up": frozenset()}
+LONGEST_INTERVAL = 120
+"""Seconds between scrapes that the alerts are made for."""
 
 
 def monitoring(**changes: Any) -> list[dict[str, Any]]:
@@ -73,6 +78,7 @@ def test_everything_that_is_promised_has_an_alert() -> None:
         "OSFTOperatorNoLeader",
         "OSFTOperatorQueueOld",
         "OSFTOperatorWatchStale",
+        "OSFTOperatorListStale",
         "OSFTOperatorErrors",
         "OSFTJobStalled",
         "OSFTJobLossNotFinite",
@@ -148,9 +154,44 @@ def test_thresholds_are_values() -> None:
     objects = monitoring(prometheusRule=rule)
     assert "> 77" in alerts(objects)["OSFTOperatorQueueOld"]["expr"]
     assert "> 88" in alerts(objects)["OSFTJobWaitsForGPUs"]["expr"]
-    slow = {"metrics": MATRIX["monitoring"]["metrics"], "reconcile": {"resyncSeconds": 1000}}
-    stale = alerts(render(slow))["OSFTOperatorWatchStale"]
-    assert "> 3000" in stale["expr"], "a slow resync is no stale watch"
+
+
+@pytest.mark.parametrize(("resync", "seconds"), [(1000, 3000), (100, 300), (5, 300), (1.5, 300)])
+def test_stale_is_three_resyncs_and_never_less_than_scrapes_show(
+    resync: float, seconds: int
+) -> None:
+    metrics_values = MATRIX["monitoring"]["metrics"]
+    found = alerts(render({"metrics": metrics_values, "reconcile": {"resyncSeconds": resync}}))
+    lists, watch = found["OSFTOperatorListStale"], found["OSFTOperatorWatchStale"]
+    # with 2m between scrapes, two samples lie in the window and no age seems higher than it is
+    assert lists["expr"].endswith(f" > {seconds}")
+    assert f"[{seconds}s]" in watch["expr"]
+    assert watch["for"] == f"{seconds}s"
+
+
+def test_lists_that_do_not_end_are_told_before_liveness_ends_the_process() -> None:
+    settings = Settings.from_environ(environment({}))
+    found = alerts(monitoring())["OSFTOperatorListStale"]
+    threshold = int(found["expr"].rpartition(" > ")[2])
+    waits = int(found["for"].removesuffix("m")) * 60
+    assert threshold + waits < RESYNCS_MISSED * settings.resync_seconds
+    # else a process that has only begun, and tells 0, would be an alert by the next scrape
+    assert waits > LONGEST_INTERVAL
+
+
+@pytest.mark.parametrize("interval", ["2m", "120s", "1m60s", "500ms", "30s", "1m59s999ms"])
+def test_alerts_can_count_on_scrapes_that_are_near_each_other(interval: str) -> None:
+    monitor = {"enabled": True, "interval": interval}
+    (endpoint,) = only(monitoring(serviceMonitor=monitor), "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["interval"] == interval
+
+
+@pytest.mark.parametrize("interval", ["1h", "3m", "121s", "2m1ms", "1m61s", "200000ms"])
+def test_alerts_are_refused_where_numbers_vanish_between_scrapes(interval: str) -> None:
+    monitor = {"enabled": True, "interval": interval}
+    with pytest.raises(helm_python.HelmRenderError, match="at most 2m"):
+        monitoring(serviceMonitor=monitor)
+    assert monitoring(serviceMonitor=monitor, prometheusRule={"enabled": False})
 
 
 def test_helm_test_passes_where_the_operator_answers_and_fails_elsewhere() -> None:

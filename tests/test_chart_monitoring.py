@@ -13,7 +13,7 @@ import pytest
 
 import promql
 from chart_rendering import CHART, MATRIX, environment, only, render
-from osft_operator import metrics
+from osft_operator import job_metrics, metrics
 from osft_operator.metrics import registry
 from osft_operator.probes import RESYNCS_MISSED
 from osft_operator.resync import WATCHED
@@ -133,6 +133,37 @@ def test_every_panel_shows_the_chosen_operator_alone() -> None:
             assert of_a_job or 'namespace=~"$home"' in each
     for name, chosen in (("service", "$home"), ("namespace", "$service"), ("name", "$namespace")):
         assert chosen in variables[name]["query"]
+
+
+def test_a_number_and_a_table_are_of_now_and_a_table_shows_columns() -> None:
+    now = [panel for panel in dashboard()["panels"] if panel["type"] in ("stat", "table")]
+    for panel in now:
+        for target in panel["targets"]:
+            # over a time, the last value of a series that has ended would be shown
+            assert target["instant"] is True, panel["title"]
+            assert target["range"] is False, panel["title"]
+    (table,) = [panel for panel in now if panel["type"] == "table"]
+    (target,), (columns,) = table["targets"], table["transformations"]
+    assert target["format"] == "table"
+    assert promql.grouped(target["expr"]) == {"namespace", "name", "phase"}
+    assert columns["options"]["excludeByName"] == {"Time": True, "Value": True}
+
+
+def test_a_job_is_one_line_and_one_that_has_ended_has_no_speed() -> None:
+    queries = {
+        panel["title"]: target["expr"]
+        for panel in dashboard()["panels"]
+        for target in panel.get("targets", [])
+        if "name=~" in target["expr"]
+    }
+    assert len(queries) == 1 + len(job_metrics.PER_JOB)
+    for query in queries.values():
+        # each leader tells them under its own pod
+        assert promql.grouped(query) >= {"namespace", "name"}
+    for title in ("Tokens per second", "Time left", "Age of the last progress"):
+        numbers, _, running = queries[title].partition(" and on (namespace, name) ")
+        assert numbers.endswith(")")
+        assert re.fullmatch(r'osftjob_info\{.*,phase="Running"\}', running)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ from osft_operator.settings import Settings
         ({"logging": {"level": "LOUD"}}, "/logging/level"),
         ({"replicas": "2"}, "/replicas"),
         ({"runAsUser": 0}, "/runAsUser"),
+        # their pods, too, are runAsNonRoot
+        ({"trainer": {"runAsUser": 0}}, "/trainer/runAsUser"),
         ({"image": {"digest": "sha256:123"}}, "/image/digest"),
         ({"extraEnv": [{"name": "OSFT_WORKERS", "value": "9"}]}, "/extraEnv/0/name"),
         ({"policy": {"images": ["a,b"]}}, "/policy/images/0"),
@@ -194,6 +196,7 @@ def test_values_reach_the_settings() -> None:
         "trainer": {
             "image": {"registry": "here:5000", "repository": "t", "tag": "9"},
             "runAsUser": None,
+            "runAsGroup": 0,
             "fsGroup": 1000680000,
         },
         "leaderElection": {"enabled": False, "leaseName": "mine"},
@@ -210,6 +213,7 @@ def test_values_reach_the_settings() -> None:
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.trainer_image == "here:5000/t:9"
     assert settings.run_as_user is None
+    assert settings.run_as_group == 0
     assert settings.fs_group == 1000680000
     assert settings.lease_name == "mine"
     assert settings.progress_timeout_seconds == 0.5

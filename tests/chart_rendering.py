@@ -26,7 +26,7 @@ import yaml
 import monitoring_kinds
 
 CHART = Path(__file__).parents[1] / "charts" / "osft-operator"
-NAMESPACE = "osft-system"
+RELEASE, NAMESPACE = "osft", "osft-system"
 VERSION = ".Capabilities.KubeVersion.Version"
 OLDEST = "1.29"
 
@@ -149,14 +149,18 @@ def _switches(values: dict[str, Any], where: str) -> Iterator[tuple[str, bool]]:
 every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
-def render(values: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], version: str = "", *, release: str = RELEASE, home: str = NAMESPACE
+) -> list[dict[str, Any]]:
     """The objects of the chart with these values, as `helm template` makes them.
 
     Args:
         values: what is not as in values.yaml.
         version: of Kubernetes, like 1.29; absent: the one that Helm was built for.
+        release: its name.
+        home: its namespace.
     """
-    return copy.deepcopy(_rendered(json.dumps(values), version))
+    return copy.deepcopy(_rendered(json.dumps(values), version, release, home))
 
 
 @functools.cache
@@ -180,19 +184,19 @@ def _chart_for(version: str) -> Path:
 
 def notes(values: dict[str, Any]) -> str:
     """What `helm install` prints."""
-    return _texts(values, CHART)[f"{CHART.name}/templates/NOTES.txt"].strip()
+    return _texts(values, CHART, RELEASE, NAMESPACE)[f"{CHART.name}/templates/NOTES.txt"].strip()
 
 
-def _texts(values: dict[str, Any], chart: Path) -> dict[str, str]:
+def _texts(values: dict[str, Any], chart: Path, release: str, home: str) -> dict[str, str]:
     with helm_python.Chart.load(chart) as loaded:
         loaded.validate_schema(values)
-        found: dict[str, str] = loaded.render(values, name="osft", namespace=NAMESPACE)
+        found: dict[str, str] = loaded.render(values, name=release, namespace=home)
     return found
 
 
 @functools.cache
-def _rendered(values: str, version: str) -> list[dict[str, Any]]:
-    texts = _texts(json.loads(values), _chart_for(version))
+def _rendered(values: str, version: str, release: str, home: str) -> list[dict[str, Any]]:
+    texts = _texts(json.loads(values), _chart_for(version), release, home)
     documents = [
         _parsed(document)
         for path, text in texts.items()

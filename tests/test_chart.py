@@ -84,6 +84,24 @@ def test_names_fit_and_labels_say_whose_they_are(values: dict[str, Any]) -> None
             assert key in item["metadata"]["labels"]
 
 
+@every_case
+def test_names_that_look_like_numbers_stay_names(values: dict[str, Any]) -> None:
+    numbers = {
+        "nameOverride": "7",
+        "fullnameOverride": "o",
+        "leaderElection": {"leaseName": "123"},
+        "serviceAccount": {**values.get("serviceAccount", {}), "name": "1000"},
+        "watch": {"namespaces": ["10042", "1e3"]},
+        "networkPolicy": {"enabled": True, "trainers": True},
+        "priorityClassName": "0x10",
+    }
+    without_service = {"metrics": {"service": {"enabled": False}}, "fullnameOverride": "007"}
+    for version in VERSIONS:
+        for given in ({**values, **numbers}, {**without_service, "replicas": 2}):
+            for item in render(given, version, release="42", home="10043"):
+                validate(version, item)
+
+
 def test_what_an_object_is_given_for_itself_wins_over_the_labels_of_all() -> None:
     objects = render(MATRIX["labels of all and of one"])
     for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):

@@ -18,14 +18,14 @@
 
 {{/* Never add to these: a Deployment's selector cannot be changed. */}}
 {{- define "osft-operator.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "osft-operator.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "osft-operator.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* The pod of `helm test`. Not the operator's: its Service must not lead there. */}}
 {{- define "osft-operator.testLabels" -}}
 app.kubernetes.io/name: {{ include "osft-operator.name" . | trunc 58 | trimSuffix "-" }}-test
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* The labels of an object that has none of its own. */}}

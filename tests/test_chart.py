@@ -127,6 +127,15 @@ def test_one_operator_at_a_time(replicas: int, strategy: str) -> None:
     assert elected["OSFT_LEADER_ELECTION"] == ("true" if replicas > 1 else "false")
     budgets = [item for item in objects if item["kind"] == "PodDisruptionBudget"]
     assert len(budgets) == (1 if replicas > 1 else 0)
+    # a pod that is not ready is no standby, and must not stand in the way of drains
+    assert all(each["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow" for each in budgets)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "away"), [(2, 1), (2, "50%"), (3, "66%"), (10, "90%"), (1, "99%")]
+)
+def test_a_budget_that_keeps_one_is_taken(replicas: int, away: int | str) -> None:
+    assert render({"replicas": replicas, "podDisruptionBudget": {"maxUnavailable": away}})
 
 
 @every_case

@@ -103,6 +103,14 @@ def test_schema_names_what_is_wrong(values: dict[str, Any], named: str) -> None:
             {"replicas": 2, "podDisruptionBudget": {"maxUnavailable": 2}},
             "podDisruptionBudget.maxUnavailable is 2 of 2",
         ),
+        (
+            {"replicas": 2, "podDisruptionBudget": {"maxUnavailable": "51%"}},
+            "podDisruptionBudget.maxUnavailable is 51% of 2",
+        ),
+        (
+            {"replicas": 10, "podDisruptionBudget": {"maxUnavailable": "91%"}},
+            "podDisruptionBudget.maxUnavailable is 91% of 10",
+        ),
         ({"networkPolicy": {"metricsFrom": [{"podSelector": {}}]}}, "networkPolicy.enabled"),
         ({"extraEnv": [{"name": "A"}, {"name": "A"}]}, "extraEnv has A twice"),
     ],

@@ -1,11 +1,9 @@
-"""ServiceMonitor, alerts, dashboard and `helm test`: every name in them is one that is exported."""
+"""ServiceMonitor, alerts and dashboard: every name in them is one that is exported."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from typing import Any
 
 import helm_python
@@ -13,7 +11,7 @@ import pytest
 
 import promql
 from chart_rendering import CHART, MATRIX, environment, only, render
-from osft_operator import job_metrics, metrics
+from osft_operator import job_metrics
 from osft_operator.metrics import registry
 from osft_operator.probes import RESYNCS_MISSED
 from osft_operator.resync import WATCHED
@@ -223,49 +221,3 @@ def test_alerts_are_refused_where_numbers_vanish_between_scrapes(interval: str) 
     with pytest.raises(helm_python.HelmRenderError, match="at most 2m"):
         monitoring(serviceMonitor=monitor)
     assert monitoring(serviceMonitor=monitor, prometheusRule={"enabled": False})
-
-
-def test_helm_test_passes_where_the_operator_answers_and_fails_elsewhere() -> None:
-    pod = only(render({}), "Pod")
-    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    selector = only(render({}), "Service")["spec"]["selector"].items()
-    assert not selector <= pod["metadata"]["labels"].items(), "the test would ask itself"
-    python, option, script, url = pod["spec"]["containers"][0]["command"]
-    assert (python, url) == (
-        "python",
-        "http://osft-osft-operator-metrics.osft-system.svc:8080/metrics",
-    )
-
-    def run(port: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, option, script, f"http://127.0.0.1:{port}/metrics"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-
-    metrics.leader.labels("l").set(0)
-    port, close = metrics.serve("127.0.0.1", 0)
-    try:
-        assert run(port).stdout == "the operator answers\n"
-    finally:
-        close()
-    assert run(port).returncode != 0
-
-
-@pytest.mark.parametrize("case", ["network policy", "defaults"])
-def test_the_network_policy_lets_helm_test_through(case: str) -> None:
-    values = {**MATRIX[case], "nameOverride": "n" * 63}
-    objects = render(
-        {**values, "networkPolicy": {**values.get("networkPolicy", {}), "enabled": True}}
-    )
-    test, policy = only(objects, "Pod"), only(objects, "NetworkPolicy")
-    operator = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
-    assert policy["spec"]["podSelector"]["matchLabels"].items() <= operator
-    (rule,) = [each for each in policy["spec"]["ingress"] if each["ports"][0]["port"] == 8080]
-    # a peer without a namespaceSelector is in the policy's own namespace; no peers are all
-    assert test["metadata"]["namespace"] == policy["metadata"]["namespace"]
-    chosen = [
-        peer["podSelector"]["matchLabels"].items()
-        for peer in rule.get("from", [])
-        if peer.keys() == {"podSelector"}
-    ]
-    assert "from" not in rule or any(
-        each <= test["metadata"]["labels"].items() for each in chosen
-    ), "helm test would time out"

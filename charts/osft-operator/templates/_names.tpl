@@ -35,11 +35,13 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 
 {{/*
 Call with (dict "root" $ "own" <labels>): an object's own labels win over commonLabels, and ours over
-both. Each name once: a second one is an error to strict readers of YAML, and to others chance.
+both ("ours" in the dict when they are others). Each name once: a second one is an error to strict
+readers of YAML, and to others chance.
 */}}
 {{- define "osft-operator.labelsWith" -}}
 {{- $labels := dict }}
-{{- range list .root.Values.commonLabels .own (include "osft-operator.ourLabels" .root | fromYaml) }}
+{{- $ours := default (include "osft-operator.ourLabels" .root | fromYaml) .ours }}
+{{- range list .root.Values.commonLabels .own $ours }}
 {{- range $name, $value := . }}
 {{- $_ := set $labels $name $value }}
 {{- end }}

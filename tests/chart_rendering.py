@@ -174,7 +174,7 @@ def _chart_for(version: str) -> Path:
     major, minor = version.split(".")[:2]
     shutil.copytree(CHART, copied)
     found = 0
-    for path in copied.rglob("*.yaml"):
+    for path in (each for each in copied.joinpath("templates").rglob("*") if each.is_file()):
         text = path.read_text()
         found += text.count(VERSION)
         path.write_text(text.replace(VERSION, f'"v{major}.{minor}.0"'))
@@ -182,9 +182,10 @@ def _chart_for(version: str) -> Path:
     return copied
 
 
-def notes(values: dict[str, Any]) -> str:
-    """What `helm install` prints."""
-    return _texts(values, CHART, RELEASE, NAMESPACE)[f"{CHART.name}/templates/NOTES.txt"].strip()
+def notes(values: dict[str, Any], version: str = "") -> str:
+    """What `helm install` prints; the version is that of Kubernetes, like render's."""
+    texts = _texts(values, _chart_for(version), RELEASE, NAMESPACE)
+    return texts[f"{CHART.name}/templates/NOTES.txt"].strip()
 
 
 def _texts(values: dict[str, Any], chart: Path, release: str, home: str) -> dict[str, str]:

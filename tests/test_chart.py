@@ -214,6 +214,9 @@ def test_what_1_29_does_not_have_is_left_out_there() -> None:
         "ValidatingAdmissionPolicy",
         "ValidatingAdmissionPolicyBinding",
     }
+    # it is for the policy's question alone
+    author = {item["metadata"]["name"] for item in new} - {item["metadata"]["name"] for item in old}
+    assert author == {"osft-osft-operator-author", "osft-osft-operator-job-author"}
     (ours,) = only(old, "CustomResourceDefinition")["spec"]["versions"]
     (theirs,) = only(new, "CustomResourceDefinition")["spec"]["versions"]
     assert theirs == {**ours, "selectableFields": [{"jsonPath": ".status.phase"}]}

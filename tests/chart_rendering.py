@@ -1,7 +1,8 @@
 """The chart rendered by Helm's own code, for the tests that look at what it makes.
 
-MATRIX is every way to install it that a test should see. Rendered objects are validated strictly
-against the schemas of the built-in kinds (kubernetes-validate) and monitoring_kinds.
+MATRIX is every way to install it that a test should see. Rendered objects are read strictly (a name
+that stands twice is an error) and validated strictly, against the schemas of the built-in kinds
+(kubernetes-validate) and monitoring_kinds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import yaml
 import monitoring_kinds
 
 CHART = Path(__file__).parents[1] / "charts" / "osft-operator"
-NAMESPACE = "osft-system"
+RELEASE, NAMESPACE = "osft", "osft-system"
 VERSION = ".Capabilities.KubeVersion.Version"
 OLDEST = "1.29"
 
@@ -66,6 +67,15 @@ MATRIX: dict[str, dict[str, Any]] = {
         "rbac": {"userRoles": {"create": False}},
         "admissionPolicy": {"enabled": False},
         "networkPolicy": {"enabled": True, "trainers": True},
+    },
+    "labels of all and of one": {
+        "commonLabels": {"release": "all", "rbac.authorization.k8s.io/aggregate-to-edit": "no"},
+        "podLabels": {"release": "own"},
+        "metrics": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "own"}},
+            "prometheusRule": {"enabled": True, "labels": {"release": "own"}},
+            "dashboard": {"enabled": True, "labels": {"release": "own"}},
+        },
     },
     "no aggregation": {"rbac": {"userRoles": {"aggregate": False}}},
     "OpenShift": {
@@ -139,14 +149,18 @@ def _switches(values: dict[str, Any], where: str) -> Iterator[tuple[str, bool]]:
 every_case = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
-def render(values: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], version: str = "", *, release: str = RELEASE, home: str = NAMESPACE
+) -> list[dict[str, Any]]:
     """The objects of the chart with these values, as `helm template` makes them.
 
     Args:
         values: what is not as in values.yaml.
         version: of Kubernetes, like 1.29; absent: the one that Helm was built for.
+        release: its name.
+        home: its namespace.
     """
-    return copy.deepcopy(_rendered(json.dumps(values), version))
+    return copy.deepcopy(_rendered(json.dumps(values), version, release, home))
 
 
 @functools.cache
@@ -160,7 +174,7 @@ def _chart_for(version: str) -> Path:
     major, minor = version.split(".")[:2]
     shutil.copytree(CHART, copied)
     found = 0
-    for path in copied.rglob("*.yaml"):
+    for path in (each for each in copied.joinpath("templates").rglob("*") if each.is_file()):
         text = path.read_text()
         found += text.count(VERSION)
         path.write_text(text.replace(VERSION, f'"v{major}.{minor}.0"'))
@@ -168,21 +182,22 @@ def _chart_for(version: str) -> Path:
     return copied
 
 
-def notes(values: dict[str, Any]) -> str:
-    """What `helm install` prints."""
-    return _texts(values, CHART)[f"{CHART.name}/templates/NOTES.txt"].strip()
+def notes(values: dict[str, Any], version: str = "") -> str:
+    """What `helm install` prints; the version is that of Kubernetes, like render's."""
+    texts = _texts(values, _chart_for(version), RELEASE, NAMESPACE)
+    return texts[f"{CHART.name}/templates/NOTES.txt"].strip()
 
 
-def _texts(values: dict[str, Any], chart: Path) -> dict[str, str]:
+def _texts(values: dict[str, Any], chart: Path, release: str, home: str) -> dict[str, str]:
     with helm_python.Chart.load(chart) as loaded:
         loaded.validate_schema(values)
-        found: dict[str, str] = loaded.render(values, name="osft", namespace=NAMESPACE)
+        found: dict[str, str] = loaded.render(values, name=release, namespace=home)
     return found
 
 
 @functools.cache
-def _rendered(values: str, version: str) -> list[dict[str, Any]]:
-    texts = _texts(json.loads(values), _chart_for(version))
+def _rendered(values: str, version: str, release: str, home: str) -> list[dict[str, Any]]:
+    texts = _texts(json.loads(values), _chart_for(version), release, home)
     documents = [
         _parsed(document)
         for path, text in texts.items()
@@ -195,7 +210,21 @@ def _rendered(values: str, version: str) -> list[dict[str, Any]]:
 @functools.cache
 def _parsed(text: str) -> Any:
     # most renderings repeat each other's objects
-    return yaml.safe_load(text)
+    return yaml.load(text, StrictLoader)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in one mapping, as Flux does."""
+
+
+def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found = loader.construct_mapping(node, deep=True)
+    names = [loader.construct_object(name, deep=True) for name, _ in node.value]
+    assert len(names) == len(found), f"a name stands twice in {names}"
+    return found
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def validate(version: str, item: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from chart_rendering import (
     CHART,
+    MATRIX,
     NAMESPACE,
     OLDEST,
     environment,
@@ -79,8 +80,43 @@ def test_names_fit_and_labels_say_whose_they_are(values: dict[str, Any]) -> None
             continue
         assert len(item["metadata"]["name"]) <= 63
         assert item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
-        for key, value in values.get("commonLabels", {}).items():
-            assert item["metadata"]["labels"][key] == value
+        for key in values.get("commonLabels", {}):
+            assert key in item["metadata"]["labels"]
+
+
+@every_case
+def test_names_that_look_like_numbers_stay_names(values: dict[str, Any]) -> None:
+    numbers = {
+        "nameOverride": "7",
+        "fullnameOverride": "o",
+        "leaderElection": {"leaseName": "123"},
+        "serviceAccount": {**values.get("serviceAccount", {}), "name": "1000"},
+        "watch": {"namespaces": ["10042", "1e3"]},
+        "networkPolicy": {"enabled": True, "trainers": True},
+        "priorityClassName": "0x10",
+    }
+    without_service = {"metrics": {"service": {"enabled": False}}, "fullnameOverride": "007"}
+    for version in VERSIONS:
+        for given in ({**values, **numbers}, {**without_service, "replicas": 2}):
+            for item in render(given, version, release="42", home="10043"):
+                validate(version, item)
+
+
+def test_what_an_object_is_given_for_itself_wins_over_the_labels_of_all() -> None:
+    objects = render(MATRIX["labels of all and of one"])
+    for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):
+        assert only(objects, kind)["metadata"]["labels"]["release"] == "own"
+    deployment = only(objects, "Deployment")
+    assert deployment["metadata"]["labels"]["release"] == "all"
+    assert deployment["spec"]["template"]["metadata"]["labels"]["release"] == "own"
+    names = [item["metadata"]["name"] for item in objects if item["kind"] == "ClusterRole"]
+    joined = [
+        item["metadata"]["name"]
+        for item in objects
+        if item["metadata"].get("labels", {}).get("rbac.authorization.k8s.io/aggregate-to-edit")
+        == "true"
+    ]
+    assert joined == [name for name in names if "-job-" in name]
 
 
 @pytest.mark.parametrize(("replicas", "strategy"), [(1, "Recreate"), (2, "RollingUpdate")])
@@ -91,6 +127,15 @@ def test_one_operator_at_a_time(replicas: int, strategy: str) -> None:
     assert elected["OSFT_LEADER_ELECTION"] == ("true" if replicas > 1 else "false")
     budgets = [item for item in objects if item["kind"] == "PodDisruptionBudget"]
     assert len(budgets) == (1 if replicas > 1 else 0)
+    # a pod that is not ready is no standby, and must not stand in the way of drains
+    assert all(each["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow" for each in budgets)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "away"), [(2, 1), (2, "50%"), (3, "66%"), (10, "90%"), (1, "99%")]
+)
+def test_a_budget_that_keeps_one_is_taken(replicas: int, away: int | str) -> None:
+    assert render({"replicas": replicas, "podDisruptionBudget": {"maxUnavailable": away}})
 
 
 @every_case
@@ -169,6 +214,9 @@ def test_what_1_29_does_not_have_is_left_out_there() -> None:
         "ValidatingAdmissionPolicy",
         "ValidatingAdmissionPolicyBinding",
     }
+    # it is for the policy's question alone
+    author = {item["metadata"]["name"] for item in new} - {item["metadata"]["name"] for item in old}
+    assert author == {"osft-osft-operator-author", "osft-osft-operator-job-author"}
     (ours,) = only(old, "CustomResourceDefinition")["spec"]["versions"]
     (theirs,) = only(new, "CustomResourceDefinition")["spec"]["versions"]
     assert theirs == {**ours, "selectableFields": [{"jsonPath": ".status.phase"}]}

@@ -1,22 +1,25 @@
-"""ServiceMonitor, alerts, dashboard and `helm test`: every name in them is one that is exported."""
+"""ServiceMonitor, alerts and dashboard: every name in them is one that is exported."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from typing import Any
 
+import helm_python
 import pytest
 
 import promql
-from chart_rendering import CHART, MATRIX, only, render
-from osft_operator import metrics
+from chart_rendering import CHART, MATRIX, environment, only, render
+from osft_operator import job_metrics
 from osft_operator.metrics import registry
+from osft_operator.probes import RESYNCS_MISSED
 from osft_operator.resync import WATCHED
+from osft_operator.settings import Settings
 
 SERIES = promql.exported() | {"up": frozenset()}
+LONGEST_INTERVAL = 120
+"""Seconds between scrapes that the alerts are made for."""
 
 
 def monitoring(**changes: Any) -> list[dict[str, Any]]:
@@ -73,6 +76,7 @@ def test_everything_that_is_promised_has_an_alert() -> None:
         "OSFTOperatorNoLeader",
         "OSFTOperatorQueueOld",
         "OSFTOperatorWatchStale",
+        "OSFTOperatorListStale",
         "OSFTOperatorErrors",
         "OSFTJobStalled",
         "OSFTJobLossNotFinite",
@@ -81,8 +85,17 @@ def test_everything_that_is_promised_has_an_alert() -> None:
     documented = re.findall(r"^\| (OSFT\w+) \|", (CHART / "README.md").read_text(), re.MULTILINE)
     assert documented == list(found)
     for rule in found.values():
-        assert rule["labels"]["severity"] in ("critical", "warning")
         assert {"summary", "description"} == rule["annotations"].keys()
+
+
+def test_alerts_say_whose_they_are() -> None:
+    objects = monitoring()
+    service = only(objects, "Service")["metadata"]
+    for rule in alerts(objects).values():
+        # max and the like drop what the series say of themselves
+        severity = rule["labels"].pop("severity")
+        assert severity in ("critical", "warning")
+        assert rule["labels"] == {"namespace": service["namespace"], "service": service["name"]}
 
 
 def test_alerts_ask_what_the_service_monitor_scrapes() -> None:
@@ -120,6 +133,37 @@ def test_every_panel_shows_the_chosen_operator_alone() -> None:
         assert chosen in variables[name]["query"]
 
 
+def test_a_number_and_a_table_are_of_now_and_a_table_shows_columns() -> None:
+    now = [panel for panel in dashboard()["panels"] if panel["type"] in ("stat", "table")]
+    for panel in now:
+        for target in panel["targets"]:
+            # over a time, the last value of a series that has ended would be shown
+            assert target["instant"] is True, panel["title"]
+            assert target["range"] is False, panel["title"]
+    (table,) = [panel for panel in now if panel["type"] == "table"]
+    (target,), (columns,) = table["targets"], table["transformations"]
+    assert target["format"] == "table"
+    assert promql.grouped(target["expr"]) == {"namespace", "name", "phase"}
+    assert columns["options"]["excludeByName"] == {"Time": True, "Value": True}
+
+
+def test_a_job_is_one_line_and_one_that_has_ended_has_no_speed() -> None:
+    queries = {
+        panel["title"]: target["expr"]
+        for panel in dashboard()["panels"]
+        for target in panel.get("targets", [])
+        if "name=~" in target["expr"]
+    }
+    assert len(queries) == 1 + len(job_metrics.PER_JOB)
+    for query in queries.values():
+        # each leader tells them under its own pod
+        assert promql.grouped(query) >= {"namespace", "name"}
+    for title in ("Tokens per second", "Time left", "Age of the last progress"):
+        numbers, _, running = queries[title].partition(" and on (namespace, name) ")
+        assert numbers.endswith(")")
+        assert re.fullmatch(r'osftjob_info\{.*,phase="Running"\}', running)
+
+
 @pytest.mark.parametrize(
     "alert", ["OSFTOperatorWatchStale", "OSFTOperatorErrors", "OSFTJobLossNotFinite"]
 )
@@ -139,52 +183,41 @@ def test_thresholds_are_values() -> None:
     objects = monitoring(prometheusRule=rule)
     assert "> 77" in alerts(objects)["OSFTOperatorQueueOld"]["expr"]
     assert "> 88" in alerts(objects)["OSFTJobWaitsForGPUs"]["expr"]
-    slow = {"metrics": MATRIX["monitoring"]["metrics"], "reconcile": {"resyncSeconds": 1000}}
-    stale = alerts(render(slow))["OSFTOperatorWatchStale"]
-    assert "> 3000" in stale["expr"], "a slow resync is no stale watch"
 
 
-def test_helm_test_passes_where_the_operator_answers_and_fails_elsewhere() -> None:
-    pod = only(render({}), "Pod")
-    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    selector = only(render({}), "Service")["spec"]["selector"].items()
-    assert not selector <= pod["metadata"]["labels"].items(), "the test would ask itself"
-    python, option, script, url = pod["spec"]["containers"][0]["command"]
-    assert (python, url) == (
-        "python",
-        "http://osft-osft-operator-metrics.osft-system.svc:8080/metrics",
-    )
-
-    def run(port: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, option, script, f"http://127.0.0.1:{port}/metrics"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-
-    metrics.leader.labels("l").set(0)
-    port, close = metrics.serve("127.0.0.1", 0)
-    try:
-        assert run(port).stdout == "the operator answers\n"
-    finally:
-        close()
-    assert run(port).returncode != 0
+@pytest.mark.parametrize(("resync", "seconds"), [(1000, 3000), (100, 300), (5, 300), (1.5, 300)])
+def test_stale_is_three_resyncs_and_never_less_than_scrapes_show(
+    resync: float, seconds: int
+) -> None:
+    metrics_values = MATRIX["monitoring"]["metrics"]
+    found = alerts(render({"metrics": metrics_values, "reconcile": {"resyncSeconds": resync}}))
+    lists, watch = found["OSFTOperatorListStale"], found["OSFTOperatorWatchStale"]
+    # with 2m between scrapes, two samples lie in the window and no age seems higher than it is
+    assert lists["expr"].endswith(f" > {seconds}")
+    assert f"[{seconds}s]" in watch["expr"]
+    assert watch["for"] == f"{seconds}s"
 
 
-@pytest.mark.parametrize("case", ["network policy", "defaults"])
-def test_the_network_policy_lets_helm_test_through(case: str) -> None:
-    values = {**MATRIX[case], "nameOverride": "n" * 63}
-    objects = render(
-        {**values, "networkPolicy": {**values.get("networkPolicy", {}), "enabled": True}}
-    )
-    test, policy = only(objects, "Pod"), only(objects, "NetworkPolicy")
-    operator = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
-    assert policy["spec"]["podSelector"]["matchLabels"].items() <= operator
-    (rule,) = [each for each in policy["spec"]["ingress"] if each["ports"][0]["port"] == 8080]
-    # a peer without a namespaceSelector is in the policy's own namespace; no peers are all
-    assert test["metadata"]["namespace"] == policy["metadata"]["namespace"]
-    chosen = [
-        peer["podSelector"]["matchLabels"].items()
-        for peer in rule.get("from", [])
-        if peer.keys() == {"podSelector"}
-    ]
-    assert "from" not in rule or any(
-        each <= test["metadata"]["labels"].items() for each in chosen
-    ), "helm test would time out"
+def test_lists_that_do_not_end_are_told_before_liveness_ends_the_process() -> None:
+    settings = Settings.from_environ(environment({}))
+    found = alerts(monitoring())["OSFTOperatorListStale"]
+    threshold = int(found["expr"].rpartition(" > ")[2])
+    waits = int(found["for"].removesuffix("m")) * 60
+    assert threshold + waits < RESYNCS_MISSED * settings.resync_seconds
+    # else a process that has only begun, and tells 0, would be an alert by the next scrape
+    assert waits > LONGEST_INTERVAL
+
+
+@pytest.mark.parametrize("interval", ["2m", "120s", "1m60s", "500ms", "30s", "1m59s999ms"])
+def test_alerts_can_count_on_scrapes_that_are_near_each_other(interval: str) -> None:
+    monitor = {"enabled": True, "interval": interval}
+    (endpoint,) = only(monitoring(serviceMonitor=monitor), "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["interval"] == interval
+
+
+@pytest.mark.parametrize("interval", ["1h", "3m", "121s", "2m1ms", "1m61s", "200000ms"])
+def test_alerts_are_refused_where_numbers_vanish_between_scrapes(interval: str) -> None:
+    monitor = {"enabled": True, "interval": interval}
+    with pytest.raises(helm_python.HelmRenderError, match="at most 2m"):
+        monitoring(serviceMonitor=monitor)
+    assert monitoring(serviceMonitor=monitor, prometheusRule={"enabled": False})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import job_samples
 from chart_rendering import (
     MATRIX,
+    NAMESPACE,
     only,
     render,
 )
@@ -25,6 +26,26 @@ def test_training_pods_are_reached_by_their_kind_and_by_the_operator_alone() -> 
     (peer,) = operator["from"]
     pod = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert peer["podSelector"]["matchLabels"].items() <= pod.items()
+
+
+def test_a_reader_of_metrics_is_the_same_pod_for_operator_and_trainers() -> None:
+    prometheus = {"podSelector": {"matchLabels": {"app": "prometheus"}}}
+    everywhere = {"namespaceSelector": {}, **prometheus}
+    outside = {"ipBlock": {"cidr": "10.0.0.0/8"}}
+    readers = [prometheus, everywhere, outside]
+    closed = {"enabled": True, "trainers": True, "metricsFrom": readers}
+    values = {**MATRIX["namespaces only"], "networkPolicy": closed}
+    policies = {
+        item["metadata"]["namespace"]: item["spec"]["ingress"][1]["from"]
+        for item in render(values)
+        if item["kind"] == "NetworkPolicy"
+    }
+    assert policies[NAMESPACE][:3] == readers
+    # in the team's namespace the same words would be pods of the team
+    home = {"matchLabels": {"kubernetes.io/metadata.name": NAMESPACE}}
+    for team in ("team-a", "team-b"):
+        _, *found = policies[team]
+        assert found == [{"namespaceSelector": home, **prometheus}, everywhere, outside]
 
 
 def test_network_policy_opens_the_way_to_progress() -> None:

@@ -47,3 +47,18 @@ def test_a_choice_is_followed_by_what_it_means(
     assert chosen != default
     assert not words or words not in default
     assert not otherwise or otherwise not in chosen
+
+
+def test_who_cannot_be_asked_for_rights_is_said() -> None:
+    old, new = notes({}, "1.29"), notes({}, "1.30")
+    assert "Kubernetes v1.29.0 has no ValidatingAdmissionPolicy" in old
+    assert "kubectl auth can-i create pytorchjobs" not in old
+    assert "has no ValidatingAdmissionPolicy" not in new
+    assert "kubectl auth can-i create pytorchjobs" in new
+    off = {"admissionPolicy": {"enabled": False}}
+    assert notes(off, "1.29") == notes(off, "1.30")
+
+
+def test_a_definition_that_is_not_this_releases_is_not_said_to_go_with_it() -> None:
+    without = notes({"crds": {"enabled": False}})
+    assert notes({"crds": {"enabled": False, "keep": False}}) == without

@@ -1,8 +1,4 @@
-"""The chart's values: strict, described, and the operator's settings.
-
-What is wrong by itself is refused by the schema, what is wrong together by the templates; both name
-the value and the cure.
-"""
+"""The chart's values: described, bounded, and the operator's settings."""
 
 from __future__ import annotations
 
@@ -12,104 +8,32 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import helm_python
-import pytest
 import yaml
 
 from chart_rendering import (
     CHART,
     environment,
+    only,
+    pod_of,
     render,
 )
 from osft_operator.settings import Settings
 
 
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"replica": 2}, "replica"),
-        ({"leaderElection": {"enable": False}}, "enable"),
-        ({"trainer": {"image": {"registery": "x"}}}, "registery"),
-        ({"logging": {"level": "LOUD"}}, "/logging/level"),
-        ({"replicas": "2"}, "/replicas"),
-        ({"runAsUser": 0}, "/runAsUser"),
-        ({"image": {"digest": "sha256:123"}}, "/image/digest"),
-        ({"extraEnv": [{"name": "OSFT_WORKERS", "value": "9"}]}, "/extraEnv/0/name"),
-        ({"policy": {"images": ["a,b"]}}, "/policy/images/0"),
-        ({"policy": {"image": []}}, "image"),
-        (
-            {"metrics": {"serviceMonitor": {"interval": "often"}}},
-            "/metrics/serviceMonitor/interval",
-        ),
-        ({"podLabels": {"app.kubernetes.io/name": "mine"}}, "app.kubernetes.io/name"),
-        ({"podLabels": {"a b": "mine"}}, "a b"),
-        ({"commonLabels": {"a": "two words"}}, "/commonLabels/a"),
-        ({"leaderElection": {"leaseName": "My Lease"}}, "/leaderElection/leaseName"),
-        ({"serviceAccount": {"name": "A"}}, "/serviceAccount/name"),
-        ({"image": {"registry": "https://here"}}, "/image/registry"),
-        ({"image": {"repository": "osft:1"}}, "/image/repository"),
-        ({"probes": {"bindAddress": "127.0.0.1"}}, "/probes/bindAddress"),
-        ({"probes": {"bindAddress": "localhost"}}, "/probes/bindAddress"),
-        ({"metrics": {"prometheusRule": {"queueSeconds": 0.5}}}, "/prometheusRule/queueSeconds"),
-        ({"metrics": {"prometheusRule": {"gpuWaitSeconds": 1e30}}}, "/gpuWaitSeconds"),
-        ({"reconcile": {"resyncSeconds": 0.1}}, "/reconcile/resyncSeconds"),
-        ({"podDisruptionBudget": {"maxUnavailable": "0%"}}, "/podDisruptionBudget/maxUnavailable"),
-        ({"podDisruptionBudget": {"maxUnavailable": "100%"}}, "/maxUnavailable"),
-        ({"networkPolicy": {"metricsFrom": [{}]}}, "/networkPolicy/metricsFrom/0"),
-        ({"networkPolicy": {"metricsFrom": [{"podSelecter": {}}]}}, "podSelecter"),
-        ({"networkPolicy": {"apiServerPorts": [443, 443]}}, "/networkPolicy/apiServerPorts"),
-        ({"resources": {"limits": {"memory": "1 GiB"}}}, "/resources/limits/memory"),
-        ({"extraEnv": [{"name": "A=B", "value": "x"}]}, "/extraEnv/0/name"),
-        ({"extraEnv": [{"name": "A", "value": "x", "valueFrom": {"fieldRef": {}}}]}, "/extraEnv/0"),
-        ({"tolerations": [{"effect": "NoWay"}]}, "/tolerations/0/effect"),
-        ({"affinity": {"nodeafinity": {}}}, "nodeafinity"),
-        ({"topologySpreadConstraints": [{"maxSkew": 1}]}, "/topologySpreadConstraints/0"),
-        ({"nodeSelector": {"kubernetes.io/os": "two words"}}, "/nodeSelector"),
-        ({"priorityClassName": "A B"}, "/priorityClassName"),
-        ({"policy": {"capabilities": ["CAP_IPC_LOCK"]}}, "/policy/capabilities/0"),
-        ({"terminationGracePeriodSeconds": 5}, "/terminationGracePeriodSeconds"),
-        # null takes the default away, which would be an empty list: nothing allowed
-        ({"policy": {"images": None}}, "images"),
-        ({"metrics": None}, "metrics"),
-        ({"replicas": None}, "replicas"),
-    ],
-)
-def test_schema_names_what_is_wrong(values: dict[str, Any], named: str) -> None:
-    with (
-        helm_python.Chart.load(CHART) as chart,
-        pytest.raises(helm_python.HelmValuesError, match=re.escape(named)),
-    ):
-        chart.validate_schema(values)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"networkPolicy": {"enabled": True, "trainers": True}}, "watch.namespaces"),
-        ({"metrics": {"prometheusRule": {"enabled": True}}}, "metrics.serviceMonitor.enabled"),
-        (
-            {"metrics": {"serviceMonitor": {"enabled": True}, "service": {"enabled": False}}},
-            "metrics.service.enabled",
-        ),
-        ({"leaderElection": {"renewSeconds": 8}}, "leaderElection.renewSeconds is 8"),
-        ({"metrics": {"port": 8081}}, "probes.port and metrics.port are both 8081"),
-        ({"reconcile": {"backoffMaxSeconds": 0.5}}, "reconcile.backoffInitialSeconds is 1"),
-        ({"reconcile": {"watchCheckSeconds": 60}}, "set it to at least 135"),
-        ({"probes": {"watchStallSeconds": 54}}, "set it to at least 55"),
-        ({"serviceAccount": {"create": False}}, "name an account"),
-        (
-            {"replicas": 2, "podDisruptionBudget": {"maxUnavailable": 2}},
-            "podDisruptionBudget.maxUnavailable is 2 of 2",
-        ),
-        ({"networkPolicy": {"metricsFrom": [{"podSelector": {}}]}}, "networkPolicy.enabled"),
-        ({"extraEnv": [{"name": "A"}, {"name": "A"}]}, "extraEnv has A twice"),
-    ],
-)
-def test_what_goes_ill_together_is_refused_with_the_cure(
-    values: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(helm_python.HelmRenderError, match=re.escape(words)):
-        render(values)
+def test_what_people_say_themselves_is_not_mixed_with_ours() -> None:
+    ours = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+    theirs = {**ours, "labelSelector": {"matchLabels": {"a": "b"}}}
+    arenas = {"name": "MALLOC_ARENA_MAX", "value": "4"}
+    given = {"extraEnv": [arenas], "topologySpreadConstraints": [ours, theirs]}
+    objects = render(given)
+    (first, second), selector = (
+        pod_of(objects)["topologySpreadConstraints"],
+        only(objects, "Deployment")["spec"]["selector"],
+    )
+    assert first == {**ours, "labelSelector": selector}
+    assert second == theirs
+    (container,) = pod_of(objects)["containers"]
+    assert [item for item in container["env"] if item["name"] == arenas["name"]] == [arenas]
 
 
 def test_every_value_has_a_comment_and_a_schema() -> None:
@@ -194,6 +118,7 @@ def test_values_reach_the_settings() -> None:
         "trainer": {
             "image": {"registry": "here:5000", "repository": "t", "tag": "9"},
             "runAsUser": None,
+            "runAsGroup": 0,
             "fsGroup": 1000680000,
         },
         "leaderElection": {"enabled": False, "leaseName": "mine"},
@@ -210,6 +135,7 @@ def test_values_reach_the_settings() -> None:
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.trainer_image == "here:5000/t:9"
     assert settings.run_as_user is None
+    assert settings.run_as_group == 0
     assert settings.fs_group == 1000680000
     assert settings.lease_name == "mine"
     assert settings.progress_timeout_seconds == 0.5

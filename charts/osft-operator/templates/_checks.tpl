@@ -24,7 +24,12 @@ installed. Called once, by the Deployment; what only one other template needs is
 {{- fail "serviceAccount.create is off and serviceAccount.name is empty, so every pod under the namespace's default account would get the operator's rights: name an account" }}
 {{- end }}
 {{- with .Values.podDisruptionBudget }}
-{{- if and .enabled (not (kindIs "string" .maxUnavailable)) (gt (int $.Values.replicas) 1) (ge (int .maxUnavailable) (int $.Values.replicas)) }}
+{{- $away := .maxUnavailable }}
+{{- if kindIs "string" $away }}
+{{- /* Kubernetes rounds a share up. */}}
+{{- $away = divf (mulf (trimSuffix "%" $away) $.Values.replicas) 100 | ceil }}
+{{- end }}
+{{- if and .enabled (gt (int $.Values.replicas) 1) (ge (int $away) (int $.Values.replicas)) }}
 {{- fail (printf "podDisruptionBudget.maxUnavailable is %v of %v replicas, which keeps none: set it lower" .maxUnavailable $.Values.replicas) }}
 {{- end }}
 {{- end }}

@@ -18,20 +18,38 @@
 
 {{/* Never add to these: a Deployment's selector cannot be changed. */}}
 {{- define "osft-operator.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "osft-operator.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "osft-operator.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* The pod of `helm test`. Not the operator's: its Service must not lead there. */}}
 {{- define "osft-operator.testLabels" -}}
 app.kubernetes.io/name: {{ include "osft-operator.name" . | trunc 58 | trimSuffix "-" }}-test
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
+{{/* The labels of an object that has none of its own. */}}
 {{- define "osft-operator.labels" -}}
-{{- with .Values.commonLabels }}
-{{- toYaml . }}
-{{ end -}}
+{{- include "osft-operator.labelsWith" (dict "root" .) }}
+{{- end }}
+
+{{/*
+Call with (dict "root" $ "own" <labels>): an object's own labels win over commonLabels, and ours over
+both ("ours" in the dict when they are others). Each name once: a second one is an error to strict
+readers of YAML, and to others chance.
+*/}}
+{{- define "osft-operator.labelsWith" -}}
+{{- $labels := dict }}
+{{- $ours := default (include "osft-operator.ourLabels" .root | fromYaml) .ours }}
+{{- range list .root.Values.commonLabels .own $ours }}
+{{- range $name, $value := . }}
+{{- $_ := set $labels $name $value }}
+{{- end }}
+{{- end }}
+{{- toYaml $labels }}
+{{- end }}
+
+{{- define "osft-operator.ourLabels" -}}
 {{ include "osft-operator.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/component: operator

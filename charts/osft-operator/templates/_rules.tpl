@@ -1,4 +1,12 @@
 {{/*
+Says yes when there is an admission policy, and nothing else. ValidatingAdmissionPolicy came with 1.30;
+an older server would refuse the whole release.
+*/}}
+{{- define "osft-operator.authorsAreAsked" -}}
+{{- if and .Values.admissionPolicy.enabled (semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version) }}yes{{ end }}
+{{- end }}
+
+{{/*
 What the operator may do where it works, and nothing it does not do: no secrets, no exec, no
 wildcards, no update of whole objects. The same rules for a ClusterRole and for a namespace's Role.
 */}}

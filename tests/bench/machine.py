@@ -1,7 +1,8 @@
-"""On which machine a benchmark ran. Called by benchmarks for the result that they write."""
+"""On which machine a benchmark ran, and what memory its process takes. Called by benchmarks."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from datetime import UTC, datetime
@@ -19,3 +20,19 @@ def processor() -> str:
 def today() -> str:
     """The date in UTC, as 2026-01-31."""
     return datetime.now(UTC).date().isoformat()
+
+
+def start_of_peak() -> int:
+    """Let the kernel note the highest resident memory anew; bytes that are resident now.
+
+    What was freed is given back first: it would hide as much of what comes.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))

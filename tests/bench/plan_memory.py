@@ -2,13 +2,16 @@
 
 `make bench-plan` trains a 27 M Llama for two optimizer steps on the CPU, each setting in a fresh
 process, and prints the plan's estimate beside the highest resident memory of the steps, less what
-the process held before it read the model. `--output FILE` writes the same as JSON.
+the process held before it read the model. Once as it comes, and once with the C library told to
+give large blocks back when they are freed, as a GPU's allocator can use them again; the difference
+is what it keeps. `--output FILE` writes the same as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,14 +25,22 @@ from bench import machine, shapes
 from osft_trainer.config import TrainingParameters
 from osft_trainer.loop import Loop
 from osft_trainer.planning import make_report
+from osft_trainer.report import RunFolder
 
 SHAPE = "llama-27m"
 SETTINGS: list[dict[str, Any]] = [
     {"parameterization": "exact", "activation_checkpointing": True, "max_tokens_per_gpu": 1024},
     {"parameterization": "exact", "activation_checkpointing": True, "max_tokens_per_gpu": 4096},
     {"parameterization": "exact", "activation_checkpointing": False, "max_tokens_per_gpu": 4096},
+    {
+        "parameterization": "exact",
+        "selective_activation_checkpointing": True,
+        "max_tokens_per_gpu": 4096,
+    },
     {"parameterization": "core", "activation_checkpointing": True, "max_tokens_per_gpu": 4096},
 ]
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""glibc: a block of 1 MiB or more is mapped by itself. Unset, this grows to 32 MiB as blocks go."""
 SAMPLE_LETTERS = 500
 """Of a question, and of its answer; a letter is a token."""
 MEGABYTE = 1_000_000
@@ -39,21 +50,43 @@ def measure(folder: Path, setting: dict[str, Any]) -> dict[str, Any]:
     """Plan and train here; MB of 10^6 bytes."""
     told = _parameters(folder, setting)
     memory = make_report(told, processes=1, device="cpu", energy=False).memory
-    before = _resident("VmRSS")
+    before = machine.resident("VmRSS")
     run = Loop.run
 
     def watched(loop: Loop, *arguments: Any) -> Any:
         # Loading and decomposing are over: from here on the kernel notes the highest anew.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        machine.start_of_peak()
         return run(loop, *arguments)
 
     Loop.run = watched  # type: ignore[method-assign]
     tiny.run(told)
     return {
-        **setting,
         "planned": {name: size / MEGABYTE for name, size in memory.to_json().items()},
-        "measured": (_resident("VmHWM") - before) / MEGABYTE,
+        "measured": (machine.resident("VmHWM") - before) / MEGABYTE,
+        "step_seconds": _step_seconds(told),
     }
+
+
+def _step_seconds(told: TrainingParameters) -> list[float]:
+    lines = RunFolder(Path(told.ckpt_output_dir)).metrics.read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["seconds"]) for line in lines]
+
+
+def _in_a_process(setting: dict[str, Any], environ: dict[str, str]) -> dict[str, Any]:
+    """A fresh folder and a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        shapes.save(SHAPE, Path(folder) / "model", torch.float32)
+        _write_data(Path(folder) / "data.jsonl")
+        command = [sys.executable, "-m", "bench.plan_memory", "--one", folder]
+        done = subprocess.run(
+            [*command, json.dumps(setting)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environ},
+        )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def _parameters(folder: Path, setting: dict[str, Any]) -> TrainingParameters:
@@ -69,12 +102,6 @@ def _parameters(folder: Path, setting: dict[str, Any]) -> TrainingParameters:
         save_final_checkpoint=False,
         **setting,
     )
-
-
-def _resident(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def _write_data(path: Path) -> None:
@@ -96,16 +123,15 @@ def main() -> None:
         return
     found = []
     for setting in SETTINGS:
-        with tempfile.TemporaryDirectory() as folder:
-            shapes.save(SHAPE, Path(folder) / "model", torch.float32)
-            _write_data(Path(folder) / "data.jsonl")
-            command = [sys.executable, "-m", "bench.plan_memory", "--one", folder]
-            done = subprocess.run(
-                [*command, json.dumps(setting)], check=True, stdout=subprocess.PIPE, text=True
-            )
-        found.append(json.loads(done.stdout))
-        planned, measured = found[-1]["planned"]["total"], found[-1]["measured"]
-        print(f"{setting}: planned {planned:.0f} MB, measured {measured:.0f} MB")
+        plain, giving = (_in_a_process(setting, environ) for environ in ({}, GIVING_BACK))
+        found.append({**setting, **plain, "giving_back": giving})
+        planned = plain["planned"]["total"]
+        print(
+            f"{setting}: planned {planned:.0f} MB; measured {plain['measured']:.0f} MB, "
+            f"{giving['measured']:.0f} MB with memory given back; second step "
+            f"{plain['step_seconds'][1]:.2f} s and {giving['step_seconds'][1]:.2f} s",
+            flush=True,
+        )
     result = {
         "command": "make bench-plan",
         "shape": SHAPE,

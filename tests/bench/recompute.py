@@ -37,6 +37,7 @@ MODES: dict[str, tuple[str, bool]] = {
     "activation checkpointing": ("recompute", False),
     "selective activation checkpointing": ("selective", False),
     "everything is kept, blocks compiled": ("keep", True),
+    "activation checkpointing, blocks compiled": ("recompute", True),
     "selective activation checkpointing, blocks compiled": ("selective", True),
 }
 """What is kept, and whether blocks are compiled."""
@@ -66,7 +67,7 @@ def main() -> None:
                 turns[mode].append(_in_a_process(mode, Path(folder), arguments))
     on_cuda = arguments.device == "cuda"
     result = {
-        "command": "make bench-recompute",
+        "command": " ".join(["python -m bench.recompute", *sys.argv[1:]]),
         "machine": torch.cuda.get_device_name() if on_cuda else machine.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -162,17 +163,11 @@ def _start_of_peak(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _resident("VmRSS")
+    return machine.start_of_peak()
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
-
-
-def _resident(kind: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+    return torch.cuda.max_memory_allocated() if device == "cuda" else machine.resident("VmHWM")
 
 
 def _summary(turns: list[Numbers]) -> Numbers:

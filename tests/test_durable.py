@@ -88,6 +88,10 @@ def test_only_the_named_is_mended(tmp_path: Path) -> None:
             "Read-only file system: a/b; this volume must be writable",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: a/b"),
+        (
+            OSError("out: No space left on device; free or add space on this volume"),
+            "out: No space left on device; free or add space on this volume",
+        ),
         (OSError("another rank could not write"), "another rank could not write"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import threading
@@ -130,6 +131,14 @@ def test_python_raises_what_launched_ranks_died_of() -> None:
     words = last_words.of_error(OutOfMemory("the GPU has no memory left"))
     with pytest.raises(OutOfMemory, match=r"no memory left \(calling again resumes\)"):
         raise _error(words)
+
+
+def test_a_full_disk_is_told_with_a_cure_wherever_it_was_met() -> None:
+    words = last_words.of_error(OSError(errno.ENOSPC, "No space left on device", "run/plan.json"))
+    assert words.exit_code == ExitCode.TRY_AGAIN
+    assert words.message == (
+        "OSError: No space left on device: run/plan.json; free or add space on this volume"
+    )
 
 
 def test_a_result_survives_being_a_document() -> None:

@@ -238,8 +238,9 @@ def _waited(body: Object, status: Object, now: datetime.datetime) -> float:
 
 
 WAIT_CONDITIONS = ("Accepted", "Running", "Suspended")
-"""A job has waited since the last of these changed, or since nothing was in its way any more: it
-was made, corrected, stopped, or resumed."""
+"""A job has waited since the last of these changed: it was made, corrected, stopped, or resumed. A
+reason that gives way to another changes none of them, so an image that could not be pulled for an
+hour counts, once it can be."""
 
 
 def _time(condition: Object) -> datetime.datetime:

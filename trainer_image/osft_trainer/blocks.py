@@ -1,7 +1,8 @@
 """How decoder blocks run: what they keep between forward and backward, and whether compiled.
 
 Lives here: switching recomputation on, whole or selective, and torch.compile. Called by `assembly`
-before the model is sharded. Must never: change a result beyond the rounding of compiled kernels.
+before the model is sharded. Must never: change a result beyond the rounding of compiled kernels,
+and beyond the numbers that dropout draws in them.
 
 A block that keeps only its input runs its forward pass twice. Most of that time goes into a few
 operations, matrix products and attention, whose results are a part of what a block would keep.
@@ -73,8 +74,7 @@ def costly_operations() -> list[torch._ops.OpOverload]:
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
     """Let torch compile each decoder block when it first runs; after `convert`, before sharding.
 
-    Blocks of one shape share what is compiled, and rows of any length do: the first pass takes some
-    ten seconds longer, forward and backward.
+    Blocks of one shape share what is compiled, and rows of any length do.
 
     Raises:
         ValueError: if there is no compiler to do it with.

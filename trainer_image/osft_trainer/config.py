@@ -167,8 +167,9 @@ class TrainingParameters(Parameters):
     """Keep the results of matrix products and attention, and recompute only what is cheap: far less
     memory than without activationCheckpointing, and nearly its speed."""
     torch_compile: bool = False
-    """Compile each decoder block: the first step takes some ten seconds longer, the others less
-    time and memory. On CPU it needs a C++ compiler, which the trainer image does not have."""
+    """Compile each decoder block when it first runs, which took 20 s on CPU; then what lies between
+    the products is fused. Dropout draws other numbers. On CPU it needs a C++ compiler, which the
+    trainer image does not have."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you read that code."""
 

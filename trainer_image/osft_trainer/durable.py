@@ -22,6 +22,7 @@ from osft_trainer.report import COMPLETE
 _WRITING = ".writing"
 _OLD = ".old"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_ROOM = "free or add space on this volume"
 
 
 def sync(path: Path) -> None:
@@ -48,7 +49,7 @@ def told(error: Exception) -> str:
         words += f": {error.filename}" if error.filename is not None else ""
         if error.errno == errno.EROFS:
             return f"{words}; this volume must be writable"
-    return f"{words}; free or add space on this volume" if is_full(error) else words
+    return f"{words}; {_ROOM}" if is_full(error) and _ROOM not in words else words
 
 
 def work_folder(out: Path, token: str) -> Path:

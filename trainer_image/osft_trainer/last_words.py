@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from osft_trainer.arguments import TrainerArguments
+from osft_trainer.durable import is_full, told
 from osft_trainer.outcome import (
     Diverged,
     NoLossTokens,
@@ -108,7 +109,7 @@ def of_result(result: TrainResult, rank: int = -1) -> LastWords:
 def of_error(error: BaseException, rank: int = -1) -> LastWords:
     """A run that did not."""
     code, reason = _classify(error)
-    text = str(error)
+    text = told(error) if isinstance(error, OSError) and is_full(error) else str(error)
     if reason == "Crashed":
         text = f"{type(error).__name__}: {text}"
     return of_code(code, reason, text, rank)

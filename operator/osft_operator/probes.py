@@ -80,6 +80,8 @@ class Health:
 
 
 class _Server6(http.server.ThreadingHTTPServer):
+    """The standard library's binds IPv4 alone."""
+
     address_family = socket.AF_INET6
 
 

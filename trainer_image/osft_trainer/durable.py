@@ -2,8 +2,8 @@
 
 Lives here: forcing bytes to disk, exchanging a folder for a new one, and what to do when a disk
 does not take them. Called by whatever writes what must outlive a crash: `shards`, `checkpoint`,
-`saving`, `export`, `data`, `decomposition`, `retention`; and by `identity`, which mends what an
-earlier attempt has left. Must never: import torch, or know what is in a folder.
+`saving`, `export`, `data`, `decomposition`, `importance`, `retention`; and by `identity`, which
+mends what an earlier attempt has left. Must never: import torch, or know what is in a folder.
 
 A folder `NAME` is written as `.NAME.TOKEN.writing`, its marker included, and only then gets its
 name; an older one is `.NAME.old` meanwhile. The token is that of the claim on the run's folder, so
@@ -17,7 +17,7 @@ import os
 import shutil
 from pathlib import Path
 
-from osft_trainer.report import COMPLETE
+from osft_trainer.report import COMPLETE, write_atomically
 
 _WRITING = ".writing"
 _OLD = ".old"
@@ -32,6 +32,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file at once, so that from now on it is there, whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    sync(path.parent)
 
 
 def is_full(error: Exception) -> bool:

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from osft_trainer.activations import Row, on_device
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.durable import sync
+from osft_trainer.durable import write_file
 from osft_trainer.forward import evaluating, packed_hidden
 from osft_trainer.parallel import World
-from osft_trainer.report import RunFolder, write_atomically
+from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, rows
 from osft_trainer.targets import decoder_blocks
 
@@ -58,9 +58,7 @@ def importance_of_run(
         if kept is None:
             with on_device(hf, world):
                 kept = block_importance(hf, list(rows(text.read)))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(kept) + "\n")
-            sync(path.parent)
+            write_file(path, json.dumps(kept) + "\n")
         return json.dumps(kept)
 
     found: list[float] = json.loads(from_first_rank(world, on_first_rank))

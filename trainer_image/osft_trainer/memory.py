@@ -201,8 +201,8 @@ def _activations(
     head = logits * (4 + 4 + width)
     if activation_checkpointing:
         inputs = len(each) * tokens * hidden * width
-        products = [tokens * width * (_outputs(b, config) + hidden) for b in blocks]
-        return inputs + (sum(products) if selective else 0) + max(each) + head
+        kept = sum(_outputs(block, config) + hidden for block in blocks) if selective else 0
+        return inputs + tokens * width * kept + max(each) + head
     return sum(each) + head
 
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +26,13 @@ from osft_trainer.activations import Row, on_device
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import CHAT, form_of, open_prepared, prepare
-from osft_trainer.durable import sync
+from osft_trainer.durable import write_file
 from osft_trainer.model import load_tokenizer
 from osft_trainer.packing import collate, epoch_order
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedPart
 from osft_trainer.report import RunFolder
-from osft_trainer.self_sampling import Sample, sample_conversations, sample_documents
+from osft_trainer.self_sampling import sample_conversations, sample_documents
 
 logger = logging.getLogger(__name__)
 
@@ -178,21 +177,9 @@ def _sampled(
             samples = sample_conversations(
                 hf, tokenizer, tokens=tokens, max_seq_len=length, seed=seed
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, samples)
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_file(path, "".join(lines))
     return path
-
-
-def _write(path: Path, samples: Sequence[Sample]) -> None:
-    """At once and durably: a restart must read the same text, whole."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
 
 
 __all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "rows"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import skills
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 BATCH = 96
 PEAK_LEARNING_RATE = 3e-3
@@ -77,6 +78,8 @@ def pretrain(
         progress(step + 1, float(loss.detach()))
     # under another name first: an interrupted demo leaves no half a model that is taken for whole
     saving = folder.with_name(f"{folder.name}.new")
+    # Its bar for one small file stands in the middle of what the demo tells.
+    logging.disable_progress_bar()
     model.save_pretrained(saving)
     tokenizer.save_pretrained(saving)
     saving.rename(folder)

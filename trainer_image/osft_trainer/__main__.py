@@ -62,9 +62,15 @@ def _run(arguments: TrainerArguments, rank: int) -> LastWords:
 def _stop_on_signals() -> threading.Event:
     """Set an event at SIGTERM or SIGINT: the loop saves and ends after its step."""
     stop = threading.Event()
+    got: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        # Kubelet, launcher and kernel all send one, and the next may come while this thread is
+        # inside `set`: a second `set` would wait for the lock that the first one holds, for ever.
+        first = not got
+        got.append(number)
+        if first:
+            stop.set()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

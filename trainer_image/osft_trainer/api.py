@@ -221,8 +221,11 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, Callable[[], bool]]]:
     got: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        # The next may come while this thread is inside `set`, which holds a lock.
+        first = not got
         got.append(number)
-        stop.set()
+        if first:
+            stop.set()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

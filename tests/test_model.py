@@ -54,6 +54,18 @@ def converted(family: str, ratio: float, parameterization: str = "exact", **kw: 
     return convert(model, plan_targets(model, ratio, parameterization, **kw))
 
 
+@pytest.mark.parametrize(
+    ("parameterization", "projected"), [("exact", False), ("core", False), ("factored", True)]
+)
+def test_only_factored_projects_gradients(parameterization: str, projected: bool) -> None:
+    model = converted("llama", 0.5, parameterization)
+    model(**packed_batch([6, 8])).backward()
+    before = {name: p.grad.clone() for name, p in model.trainables().items()}
+    model.project_gradients()
+    same = [torch.equal(p.grad, before[name]) for name, p in model.trainables().items()]
+    assert all(same) is not projected
+
+
 def _alone(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([model(input_ids=part).logits[0] for part in ids.split(lengths, dim=1)])
 

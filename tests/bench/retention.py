@@ -248,12 +248,12 @@ def run_all(folder: Path, jobs: Sequence[Job], processes: int) -> list[Outcome]:
     return found
 
 
-def screen_jobs(steps: int, quick: bool) -> list[Job]:
-    """Every method at every setting, on the screened tasks."""
+def screen_jobs(names: Sequence[str], steps: int, quick: bool) -> list[Job]:
+    """These methods at every setting, on the screened tasks."""
     rates, ratios = (RATES[1:3], RATIOS[1:]) if quick else (RATES, RATIOS)
     return [
         Job(method, task, rate, ratio, steps=steps)
-        for method in methods.METHODS
+        for method in names
         for task in SCREENED
         for rate in rates
         for ratio in (ratios[:1] if method in methods.WITHOUT_RATIO else ratios)
@@ -263,7 +263,7 @@ def screen_jobs(steps: int, quick: bool) -> list[Job]:
 def best_settings(outcomes: Sequence[Outcome]) -> dict[str, Job]:
     """Per method the setting with the best result summed over the screened tasks."""
     best: dict[str, Job] = {}
-    for method in methods.METHODS:
+    for method in dict.fromkeys(o.job.method for o in in_order(outcomes)):
         mine = [o for o in outcomes if o.job.method == method]
         settings = {(o.job.learning_rate, o.job.ratio) for o in mine}
 
@@ -274,6 +274,12 @@ def best_settings(outcomes: Sequence[Outcome]) -> dict[str, Job]:
         rate, ratio = max(sorted(settings), key=merit)
         best[method] = replace(mine[0].job, learning_rate=rate, ratio=ratio)
     return best
+
+
+def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By method, in the order of the tables."""
+    names = list(methods.METHODS)
+    return sorted(outcomes, key=lambda outcome: names.index(outcome.job.method))
 
 
 def final_jobs(best: dict[str, Job], quick: bool) -> list[Job]:
@@ -303,18 +309,19 @@ def room_jobs(steps: int, quick: bool) -> list[Job]:
     ]
 
 
-def measure_all(bench: Bench, quick: bool, processes: int) -> dict[str, Any]:
-    """Screen, finals, room: what the result file holds."""
+def measure_all(bench: Bench, names: Sequence[str], quick: bool, processes: int) -> dict[str, Any]:
+    """Screen, finals, room of these methods: what the result file holds."""
     steps = 250 if quick else STEPS
     print("screen", flush=True)
-    screen = run_all(bench.folder, screen_jobs(steps, quick), processes)
+    screen = run_all(bench.folder, screen_jobs(names, steps, quick), processes)
     best = best_settings(screen)
     print("finals", flush=True)
     finals = run_all(bench.folder, final_jobs(best, quick), processes)
     print("room", flush=True)
-    room = run_all(bench.folder, room_jobs(steps, quick), processes)
+    roomy = [job for job in room_jobs(steps, quick) if job.method in names]
+    room = run_all(bench.folder, roomy, processes)
     return {
-        "command": "make bench-retention" + " ARGS=--quick" * quick,
+        "command": command_of(names, quick),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "platform": platform.platform(),
         "steps": steps,
@@ -323,6 +330,14 @@ def measure_all(bench: Bench, quick: bool, processes: int) -> dict[str, Any]:
         "finals": [asdict(outcome) for outcome in finals],
         "room": [asdict(outcome) for outcome in room],
     }
+
+
+def command_of(names: Sequence[str], quick: bool) -> str:
+    """What measures these methods again."""
+    chosen = "" if list(names) == list(methods.METHODS) else "--methods"
+    chosen += "".join(f" '{name}'" for name in names if chosen)
+    arguments = " ".join(part for part in ("--quick" if quick else "", chosen) if part)
+    return "make bench-retention" + (f' ARGS="{arguments}"' if arguments else "")
 
 
 def measure_missing(bench: Bench, held: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -353,6 +368,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, a small screen")
     parser.add_argument("--add", action="store_true", help="only what --out lacks of the last part")
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS),
+        metavar="METHOD", help="some of them; give --out, too",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--base", type=Path, help="keep the base model here, or take it from here")
@@ -371,7 +390,7 @@ def main() -> None:
                 bench, json.loads(arguments.out.read_text()), arguments.processes
             )
         else:
-            result = measure_all(bench, arguments.quick, arguments.processes)
+            result = measure_all(bench, arguments.methods, arguments.quick, arguments.processes)
             result |= {"before": before, "seconds": round(time.monotonic() - began)}
     print("\nnew skill / old skills, share of exact answers; spread over seeds")
     print(final_table(result))

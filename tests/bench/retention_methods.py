@@ -7,7 +7,7 @@ the text that a method reads handed in as tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from retention_report import LORA_RANKS
@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from osft_trainer.activations import Row, input_groups, least_used, second_moments
 from osft_trainer.importance import block_importance
+from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import Decompose, convert
+from osft_trainer.projection import project_gradients
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, plan_targets
 
@@ -69,6 +71,13 @@ def by_weights(parameterization: str) -> Callable[[PreTrainedModel, float, list[
     return make
 
 
+def gradients_too(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Trained:
+    """Our OSFT, split by the weights; gradients are projected as well as values."""
+    made = by_weights("exact")(hf, ratio, text)
+    subspaces = [module for module in hf.modules() if isinstance(module, SubspaceWeight)]
+    return replace(made, before_clipping=lambda: project_gradients(subspaces))
+
+
 def adaptive(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Trained:
     """Our OSFT, split by the weights, with ranks that follow the importance of the blocks."""
     plan = plan_targets(hf, ratio, "exact", importance=block_importance(hf, text))
@@ -106,6 +115,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "LoRA": lora,
     "PEFT OSF": peft_osf,
     "osft exact": by_weights("exact"),
+    "osft exact, gradients too": gradients_too,
     "osft exact, adaptive ranks": adaptive,
     "osft core": by_weights("core"),
     "osft factored": by_weights("factored"),

@@ -15,6 +15,9 @@ from typing import Any
 
 RESULT = Path(__file__).with_name("results") / "retention.json"
 PICTURE = RESULT.with_suffix(".svg")
+PROJECTION = RESULT.with_name("retention-projection.json")
+"""Beside `osft exact` the same with projected gradients, from the same base model."""
+GRADIENTS_TOO = "osft exact, gradients too"
 SHOWN = "conflicting, new word"
 """Task of the picture: the one on which methods differ most."""
 COLORS = {
@@ -22,6 +25,7 @@ COLORS = {
     "LoRA": "#b58900",
     "PEFT OSF": "#6c71c4",
     "osft exact": "#268bd2",
+    GRADIENTS_TOO: "#3d5a80",
     "osft exact, adaptive ranks": "#7fb8e6",
     "osft core": "#2aa198",
     "osft factored": "#1b4f72",
@@ -44,13 +48,29 @@ def retention_tables() -> str:
         f"seeds, in brackets the old skills' spread. `{result['command']}`, {machine['cores']} "
         f"cores ({machine['cpu']})."
     )
+    if GRADIENTS_TOO not in result["best"]:
+        note += " (`osft exact`, with adaptive ranks, too, projected gradients as well as values.)"
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "
         "the old skills use: of these inputs little lies in the free directions, and at a small "
         "ratio and the rates of the screen the split by activations does not learn them. Other "
         "settings, found on these tasks with one seed:"
     )
-    return "\n\n".join([note, final_table(result), more, room_table(result)])
+    parts = [note, final_table(result), more, room_table(result)]
+    if PROJECTION.is_file():
+        parts += _projection(json.loads(PROJECTION.read_text(encoding="utf-8")))
+    return "\n\n".join(parts)
+
+
+def _projection(result: Numbers) -> list[str]:
+    """What projecting the gradients, too, would do: the screen decides, the finals confirm."""
+    note = (
+        "`exact` projects the values after each step; `gradients too` also the gradients before "
+        "it, which makes a step longer. Both on another base model of the same kind "
+        f"(`{result['command']}`), at the setting that the screen found best and at every setting "
+        "of the screen:"
+    )
+    return [note, final_table(result), screen_table(result)]
 
 
 def final_table(result: Numbers) -> str:
@@ -67,16 +87,24 @@ def final_table(result: Numbers) -> str:
 
 def room_table(result: Numbers) -> str:
     """What more room and weight decay do: a row a setting, a column a task."""
-    room = result["room"]
-    tasks = [t for t in _tasks(result["finals"]) if t in _tasks(room)]
-    settings = sorted({_room_setting(outcome["job"]) for outcome in room})
+    tasks = [t for t in _tasks(result["finals"]) if t in _tasks(result["room"])]
+    return _settings_table(result["room"], tasks)
+
+
+def screen_table(result: Numbers) -> str:
+    """What every setting of the screen gave: a row a setting, a column a task."""
+    return _settings_table(result["screen"], _tasks(result["screen"]))
+
+
+def _settings_table(outcomes: Sequence[Numbers], tasks: Sequence[str]) -> str:
+    settings = sorted({_full_setting(outcome["job"]) for outcome in outcomes})
     heads = ["method", "rate, ratio", "weight decay", *tasks]
     lines = [_row(heads), "|---" * len(heads) + "|"]
     for setting in settings:
         method, ratio, rate, decay = setting
-        mine = [o for o in room if _room_setting(o["job"]) == setting]
+        mine = [o for o in outcomes if _full_setting(o["job"]) == setting]
         by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
-        cells = [_cell(outcomes) if outcomes else "" for outcomes in by_task]
+        cells = [_cell(found) if found else "" for found in by_task]
         lines.append(_row([method, f"{rate:g}, {ratio:g}", f"{decay:g}", *cells]))
     return "\n".join(lines)
 
@@ -85,7 +113,7 @@ def _tasks(outcomes: Sequence[Numbers]) -> list[str]:
     return list(dict.fromkeys(outcome["job"]["task"] for outcome in outcomes))
 
 
-def _room_setting(job: Numbers) -> tuple[str, float, float, float]:
+def _full_setting(job: Numbers) -> tuple[str, float, float, float]:
     return job["method"], job["ratio"], job["learning_rate"], job["weight_decay"]
 
 
@@ -111,7 +139,8 @@ def picture(result: Numbers) -> str:
         f'<text x="16" y="{TOP + HEIGHT / 2}" text-anchor="middle" '
         f'transform="rotate(-90 16 {TOP + HEIGHT / 2})">old skills</text>'
     )
-    for number, (method, color) in enumerate(COLORS.items()):
+    shown = {method: color for method, color in COLORS.items() if method in result["best"]}
+    for number, (method, color) in enumerate(shown.items()):
         y = TOP + 12 + 20 * number
         parts.append(f'<circle cx="{LEFT + WIDTH + 20}" cy="{y}" r="5" fill="{color}"/>')
         parts.append(f'<text x="{LEFT + WIDTH + 32}" y="{y + 4}">{html.escape(method)}</text>')

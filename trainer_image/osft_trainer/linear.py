@@ -8,7 +8,7 @@ process group.
 Allowed updates of W = U_h S_h V_h + U_0 S_0 V_0 are the dW with U_h^T dW = 0 and dW V_h^T = 0. This
 set is linear and is parameterised with W untouched and trainable factors that start at dW = 0:
 
-    form      dW                   trainable           projection
+    form      dW                   trainable           values projected to
     dense     F                    F: rows x cols      none (every direction is free)
     square    U_0 F V_0            F: r x r            none (also `core` on any shape)
     tall      F V_0                F: rows x r         U_h^T F = 0
@@ -16,6 +16,10 @@ set is linear and is parameterised with W untouched and trainable factors that s
     right     F V_0                F: rows x r         none: split by the inputs, only dW V_h^T = 0
     left      U_0 F                F: r x cols         none: the same where inputs are rows
     factored  U S V - U_0 S_0 V_0  U, S, V             U_h^T U = 0 and V V_h^T = 0
+
+Adam's step leaves the set whatever the gradient was, so the values are projected after it. To
+project the gradient as well would cost the same once more and, at settings that learn as much, keep
+about as much of the old (`make bench-retention`); `factored` does it, as mini_trainer.
 
 The effective weight W + dW is formed once per optimizer step (`refresh`), in the base's dtype.
 Trainables and bases are float32: bases in bfloat16 would leak 2^-9 of every update into the kept
@@ -100,6 +104,11 @@ class SubspaceWeight(nn.Module):
                 self.effective, self.factor, self.free_rows, self.free_cols
             )
         return cast(Tensor, w)
+
+    @property
+    def projects_gradients(self) -> bool:
+        """Whether gradients are projected, too, before they are clipped."""
+        return self.form == "factored"
 
     def projected(self) -> list[tuple[nn.Parameter, str, Tensor]]:
         """The factors that need projection, each with the side it touches and its kept basis."""

@@ -67,8 +67,11 @@ class OSFTModel(nn.Module):
                 yield name, module
 
     def project_gradients(self) -> None:
-        """Remove kept directions from the gradients. After the last backward, before clipping."""
-        projection.project_gradients([subspace for _, subspace in self.subspaces()])
+        """Remove kept directions from gradients, where the parameterization asks for it.
+
+        After the last backward, before clipping.
+        """
+        projection.project_gradients([s for _, s in self.subspaces() if s.projects_gradients])
 
     def finish_step(self) -> None:
         """Project values and form the effective weights. After every change of the trainables."""

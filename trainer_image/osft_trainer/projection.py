@@ -31,7 +31,7 @@ def project_gradients(subspaces: Sequence[SubspaceWeight]) -> None:
 
 @torch.no_grad()
 def project_values(subspaces: Sequence[SubspaceWeight]) -> None:
-    """The same for the values, because Adam's element-wise steps leave the subspace."""
+    """The same for the values: Adam's element-wise steps leave the set."""
     _project(subspaces, gradients=False)
 
 

@@ -10,11 +10,21 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Its name as the kernel tells it, and how many cores this process may use."""
+    """Its name, and how many cores this process may use."""
+    return f"{processor_name()}, {cores()} cores"
+
+
+def processor_name() -> str:
+    """As the kernel tells it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return models[0] if models else platform.processor()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def today() -> str:

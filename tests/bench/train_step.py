@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import mini_trainer_peer, tables
+from bench import machine, mini_trainer_peer, tables
 from bench.methods import CUDA_ONLY, METHODS, Method, Setting
 from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, save, step_flops
 from osft_trainer.parallel import World
@@ -200,7 +199,7 @@ def _result(
     arguments: argparse.Namespace, shape: str, weights: int, found: dict[str, Numbers]
 ) -> Numbers:
     on_cuda = arguments.device == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else _processor()
+    device = torch.cuda.get_device_name() if on_cuda else machine.processor()
     tokens = _token_count(arguments)
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
     return {
@@ -219,13 +218,6 @@ def _result(
         "peak_flops": peak if on_cuda else None,
         "methods": found,
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0]}, {len(models)} cores" if models else platform.processor()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def retention_tables() -> str:
         f"cores ({machine['cpu']})."
     )
     if GRADIENTS_TOO not in result["best"]:
-        note += " (`osft exact`, with adaptive ranks, too, projected gradients as well as values.)"
+        note += (
+            " Here `osft exact`, also with adaptive ranks, projects gradients as well as values."
+        )
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "
         "the old skills use: of these inputs little lies in the free directions, and at a small "
@@ -63,14 +65,12 @@ def retention_tables() -> str:
 
 
 def _projection(result: Numbers) -> list[str]:
-    """What projecting the gradients, too, would do: the screen decides, the finals confirm."""
     note = (
-        "`exact` projects the values after each step; `gradients too` also the gradients before "
-        "it, which makes a step longer. Both on another base model of the same kind "
-        f"(`{result['command']}`), at the setting that the screen found best and at every setting "
-        "of the screen:"
+        "`exact` projects the values after each step, `gradients too` the gradients before it as "
+        f"well. Both on another base model of the same kind, at their best of more rates; "
+        f"`{result['command']}`:"
     )
-    return [note, final_table(result), screen_table(result)]
+    return [note, final_table(result)]
 
 
 def final_table(result: Numbers) -> str:
@@ -87,24 +87,16 @@ def final_table(result: Numbers) -> str:
 
 def room_table(result: Numbers) -> str:
     """What more room and weight decay do: a row a setting, a column a task."""
-    tasks = [t for t in _tasks(result["finals"]) if t in _tasks(result["room"])]
-    return _settings_table(result["room"], tasks)
-
-
-def screen_table(result: Numbers) -> str:
-    """What every setting of the screen gave: a row a setting, a column a task."""
-    return _settings_table(result["screen"], _tasks(result["screen"]))
-
-
-def _settings_table(outcomes: Sequence[Numbers], tasks: Sequence[str]) -> str:
-    settings = sorted({_full_setting(outcome["job"]) for outcome in outcomes})
+    room = result["room"]
+    tasks = [t for t in _tasks(result["finals"]) if t in _tasks(room)]
+    settings = sorted({_room_setting(outcome["job"]) for outcome in room})
     heads = ["method", "rate, ratio", "weight decay", *tasks]
     lines = [_row(heads), "|---" * len(heads) + "|"]
     for setting in settings:
         method, ratio, rate, decay = setting
-        mine = [o for o in outcomes if _full_setting(o["job"]) == setting]
+        mine = [o for o in room if _room_setting(o["job"]) == setting]
         by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
-        cells = [_cell(found) if found else "" for found in by_task]
+        cells = [_cell(outcomes) if outcomes else "" for outcomes in by_task]
         lines.append(_row([method, f"{rate:g}, {ratio:g}", f"{decay:g}", *cells]))
     return "\n".join(lines)
 
@@ -113,7 +105,7 @@ def _tasks(outcomes: Sequence[Numbers]) -> list[str]:
     return list(dict.fromkeys(outcome["job"]["task"] for outcome in outcomes))
 
 
-def _full_setting(job: Numbers) -> tuple[str, float, float, float]:
+def _room_setting(job: Numbers) -> tuple[str, float, float, float]:
     return job["method"], job["ratio"], job["learning_rate"], job["weight_decay"]
 
 

@@ -18,8 +18,8 @@ set is linear and is parameterised with W untouched and trainable factors that s
     factored  U S V - U_0 S_0 V_0  U, S, V             U_h^T U = 0 and V V_h^T = 0
 
 Adam's step leaves the set whatever the gradient was, so the values are projected after it. To
-project the gradient as well would cost the same once more and, at settings that learn as much, keep
-about as much of the old (`make bench-retention`); `factored` does it, as mini_trainer.
+project the gradient as well would cost the same once more and keep about as much of the old, each
+way at its best rate (README, retention benchmark); `factored` does it, as mini_trainer.
 
 The effective weight W + dW is formed once per optimizer step (`refresh`), in the base's dtype.
 Trainables and bases are float32: bases in bfloat16 would leak 2^-9 of every update into the kept

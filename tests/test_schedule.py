@@ -79,6 +79,21 @@ def test_arguments_reach_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments", "first", "last"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-3}, 0.01, 1e-3),
+        ("polynomial", {"lr_end": 2e-3}, 0.01, 2e-3),
+        ("polynomial", {}, 0.01, 1e-7),
+    ],
+)
+def test_a_floor_is_a_rate_and_no_share(
+    name: str, arguments: dict[str, float], first: float, last: float
+) -> None:
+    rates = learning_rates(parameters(lr_scheduler=name, lr_scheduler_kwargs=arguments), 10)
+    assert (rates(0), rates(10)) == pytest.approx((first, last))
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"lr_scheduler": "cosin"}, ["'cosin'", "cosine_with_restarts", "linear"]),
@@ -92,6 +107,7 @@ def test_arguments_reach_the_schedule() -> None:
             ["num_cycles", "none"],
         ),
         ({"lr_scheduler": "cosine_with_min_lr"}, ["min_lr"]),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.5}}, ["lr_end"]),
     ],
 )
 def test_what_cannot_be_is_named(changes: dict[str, object], words: list[str]) -> None:

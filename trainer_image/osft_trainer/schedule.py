@@ -67,7 +67,8 @@ def learning_rates(training: TrainingParameters, steps: int | None) -> LearningR
     """
     name = training.lr_scheduler
     _check_name_and_arguments(training)
-    throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    # At the run's rate: a floor such as min_lr or lr_end is a rate, and is divided by this one.
+    throwaway = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
     try:
         schedule = get_scheduler(
             name,

@@ -1,6 +1,5 @@
 """Order, packing and collation: nothing lost, nothing twice, the same steps on any world size."""
 
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -10,37 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osft_trainer.order import epoch_order
 from osft_trainer.packing import (
     GlobalBatch,
-    MicroBatch,
     batches,
     batches_per_epoch,
     collate,
-    epoch_order,
     lpt_rounds,
     pack,
 )
-from osft_trainer.prepared import DataCounts, GrowingArray, PreparedData
+from osft_trainer.prepared import PreparedData
+from packed_data import make_data, members, samples_of
 
 ORDER_OF_TEN = [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
 """Pinned: another order would break the resume of every saved run."""
-
-
-def make_data(folder: Path, lengths: list[int]) -> PreparedData:
-    """Sample i is the token i repeated; every token but its first carries loss."""
-    folder.mkdir(parents=True)
-    with GrowingArray(folder / "input_ids.npy", "<i4") as ids:
-        ids.append(np.repeat(np.arange(len(lengths)), lengths))
-    with GrowingArray(folder / "loss_mask.npy", "|b1") as mask:
-        for length in lengths:
-            mask.append(np.arange(length) > 0)
-    with GrowingArray(folder / "offsets.npy", "<i8") as offsets:
-        offsets.append(np.cumsum([0, *lengths]))
-    with GrowingArray(folder / "loss_counts.npy", "<i4") as counts:
-        counts.append(np.array(lengths) - 1)
-    total = DataCounts(samples=len(lengths), tokens=sum(lengths)).__dict__
-    (folder / "meta.json").write_text(json.dumps({"digest": "d", "counts": total}))
-    return PreparedData(folder)
 
 
 @pytest.fixture
@@ -71,20 +53,6 @@ def run(
         )
         for rank in range(world_size)
     ]
-
-
-def samples_of(batch: MicroBatch) -> list[int]:
-    """Which samples lie in it; checks that each lies there whole, in one piece."""
-    if batch.is_dummy:
-        return []
-    pieces = batch.input_ids[0].split(list(batch.lengths))
-    assert all(len(piece.unique()) == 1 for piece in pieces)
-    return [int(piece[0]) for piece in pieces]
-
-
-def members(ranks: list[GlobalBatch]) -> list[int]:
-    """The samples of one global batch over all ranks."""
-    return sorted(s for rank in ranks for micro in rank.micro_batches for s in samples_of(micro))
 
 
 def test_order_is_a_stable_permutation() -> None:

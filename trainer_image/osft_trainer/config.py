@@ -99,10 +99,15 @@ class TrainingParameters(Parameters):
     """What tells old knowledge from free room. weights: the strong directions of each matrix are
     kept. activations: those that the inputs of each matrix use on text of the old skills."""
     retention_data_path: Path | None = None
-    """Text of the skills to keep, as dataPath; never trained on. The loss on a part of it is
-    measured before and after. Absent and splitBy activations: the model writes such text itself."""
+    """Text of the skills to keep, as dataPath; trained on only where replayRatio says so. The loss
+    on a part of it is measured before and after. Absent where splitBy activations, rankAllocation
+    adaptive or replayRatio needs it: the model writes such text itself."""
     retention_tokens: int = Field(default=100_000, ge=1, le=1_000_000_000)
     """Tokens of retention text that are read, or written by the model."""
+    replay_ratio: float = Field(default=0.0, ge=0, le=16)
+    """Samples of retention text that are learned again for each sample of the data, on top of
+    effectiveBatchSize; 0.25 makes a step a quarter longer. It keeps the old where the new is asked
+    in the same words, which no split can tell apart."""
     rank_allocation: Literal["uniform", "adaptive"] = "uniform"
     """uniform: every matrix gets the same share of free directions. adaptive: blocks that change
     their input little, measured on retention text, keep more; the mean share stays."""
@@ -312,6 +317,15 @@ class TrainingParameters(Parameters):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} has no effect without {needed}: set {needed}")
         return self
+
+    @property
+    def text_decides(self) -> bool:
+        """Whether retention text has a part in the result, and is not only measured on."""
+        return (
+            self.split_by == "activations"
+            or self.rank_allocation == "adaptive"
+            or self.replay_ratio > 0
+        )
 
     @property
     def has_validation(self) -> bool:

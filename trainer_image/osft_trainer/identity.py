@@ -131,7 +131,7 @@ def fingerprint(
     given = training.model_dump(mode="json", exclude_defaults=True)
     if training.training_mode == "epoch" and training.num_epochs == 1:
         del given["num_epochs"]
-    if training.split_by == "weights" and training.rank_allocation == "uniform":
+    if not training.text_decides:
         # The text is only measured on.
         given.pop("retention_tokens", None)
     counted = {name: given[name] for name in sorted(given) if name not in NOT_IN_FINGERPRINT}

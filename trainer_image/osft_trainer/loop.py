@@ -35,6 +35,7 @@ from osft_trainer.parallel import World, clip_gradients, set_gradient_sync, sum_
 from osft_trainer.prefetch import prefetched
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
+from osft_trainer.replay import Replay
 from osft_trainer.saving import Saver
 from osft_trainer.schedule import LearningRates
 from osft_trainer.tracking import Tracker
@@ -73,6 +74,8 @@ class Loop:
     """Writes the model at the end of an epoch; collective."""
     validation: Validation | None
     leaks: LeakWatch
+    replay: Replay | None
+    """Text of the old skills that is learned again."""
 
     def run(self, position: Position) -> tuple[Position, bool]:
         """Train from a position to the end of the run, or until a stop is asked for.
@@ -130,6 +133,7 @@ class Loop:
             seed=self.training.seed,
             start_epoch=position.epoch,
             start_batch=position.batch,
+            replay=self.replay,
         )
         left = None if self.total_steps is None else max(0, self.total_steps - position.step)
         yield from prefetched(found, left)
@@ -177,6 +181,8 @@ class Loop:
                 "seconds": done.seconds,
                 "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
+            if self.replay is not None:
+                row["replayedSamples"] = batch.replayed
             if self.total_steps is not None:
                 row["totalSteps"] = self.total_steps
             if self._is_validated(batch, position) and position.validation_loss is not None:

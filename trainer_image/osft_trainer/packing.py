@@ -1,6 +1,6 @@
 """From prepared samples to the micro-batches of each optimizer step, in an order that can resume.
 
-Lives here: the order of an epoch, the samples of a global batch, their packing into one bin per
+Lives here: the samples of a global batch, their packing into one bin per
 rank and round, and the tensors of a bin. Called by the training loop. Everything but the reading
 of samples is a pure function of numbers, so every rank computes the same plan without talking.
 Must never: depend on the world size for what a step learns from, put two samples into one
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from osft_trainer.prepared import NO_LOSS, PreparedData
+from osft_trainer.order import epoch_order
+from osft_trainer.prepared import NO_LOSS, PreparedData, Samples
+from osft_trainer.replay import Replay
 
 IDLE_TOKENS = 2
 """Length of the stand-in for an empty bin: the shortest that still has a next token."""
@@ -60,16 +62,8 @@ class GlobalBatch:
     loss_tokens: int
     is_last: bool
     """Whether it ends the epoch."""
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Permutation of range(num_samples) for this epoch, the same on every machine and version.
-
-    Ranks of PCG64's raw 64-bit output for SeedSequence([seed, epoch]): numpy promises both streams
-    for good, which it does not for Generator.permutation and torch does not for randperm.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    replayed: int = 0
+    """Samples of the old skills' text, beside `samples` of the data; their tokens count, too."""
 
 
 def batches_per_epoch(num_samples: int, effective_batch_size: int) -> int:
@@ -207,6 +201,20 @@ def collate(
     )
 
 
+class _Members:
+    """The samples of one global batch, from one source after the other."""
+
+    def __init__(self, sources: Sequence[tuple[Samples, npt.NDArray[np.int64]]]) -> None:
+        self._places = [(data, int(index)) for data, indices in sources for index in indices]
+        self.lengths = np.concatenate([data.lengths[indices] for data, indices in sources])
+        self.loss_tokens = sum(int(data.loss_counts[indices].sum()) for data, indices in sources)
+
+    def pieces(self, at: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The sample at this position, as `PreparedData.pieces`."""
+        data, index = self._places[at]
+        return data.pieces(index)
+
+
 def batches(
     prepared: PreparedData,
     *,
@@ -218,11 +226,13 @@ def batches(
     start_epoch: int = 0,
     start_batch: int = 0,
     pad_token_id: int = 0,
+    replay: Replay | None = None,
 ) -> Iterator[GlobalBatch]:
     """Global batches from (start_epoch, start_batch) on, epoch after epoch, without end.
 
     start_batch may be the number of batches in an epoch: the next epoch follows. Only the samples
-    of this rank are read.
+    of this rank are read. What `replay` adds comes on top of effective_batch_size, so that steps
+    and epochs are those of the data.
 
     Raises:
         ValueError: start_batch lies beyond the epoch (the data or the batch size has changed).
@@ -238,21 +248,28 @@ def batches(
     while True:
         order = epoch_order(len(prepared), seed, epoch)
         for batch in range(index, per_epoch):
-            members = order[batch * effective_batch_size : (batch + 1) * effective_batch_size]
-            rounds = pack(prepared.lengths[members], world_size, max_tokens_per_gpu)
+            first = batch * effective_batch_size
+            members = order[first : first + effective_batch_size]
+            batch_of = _Members([(prepared, members)])
+            if replay is not None:
+                before = epoch * len(prepared) + first
+                again = replay.between(before, before + len(members))
+                batch_of = _Members([(prepared, members), (replay.part, again)])
+            rounds = pack(batch_of.lengths, world_size, max_tokens_per_gpu)
             yield GlobalBatch(
                 epoch=epoch,
                 index=batch,
                 micro_batches=tuple(
                     collate(
-                        [p for at in bins[rank] for p in prepared.pieces(int(members[at]))],
+                        [piece for at in bins[rank] for piece in batch_of.pieces(at)],
                         pad_token_id=pad_token_id,
                     )
                     for bins in rounds
                 ),
                 samples=len(members),
-                tokens=int(prepared.lengths[members].sum()),
-                loss_tokens=int(prepared.loss_counts[members].sum()),
+                tokens=int(batch_of.lengths.sum()),
+                loss_tokens=batch_of.loss_tokens,
                 is_last=batch == per_epoch - 1,
+                replayed=len(batch_of.lengths) - len(members),
             )
         epoch, index = epoch + 1, 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from osft_trainer.assembly import compute_dtype, plan_of, prepare_data
@@ -17,12 +19,13 @@ from osft_trainer.bases import singular_values
 from osft_trainer.config import TrainingParameters
 from osft_trainer.memory import converted, empty_model, memory_of
 from osft_trainer.model import load_model
-from osft_trainer.packing import batches_per_epoch, epoch_order, pack
+from osft_trainer.order import epoch_order
+from osft_trainer.packing import batches_per_epoch, pack
 from osft_trainer.parallel import World
 from osft_trainer.plan_report import Report
 from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder
-from osft_trainer.retention import prepare_retention
+from osft_trainer.retention import RetentionText, prepare_retention, replay_of
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.targets import Plan
 
@@ -59,11 +62,12 @@ def make_report(
     plan = plan_of(hf, training)
     folder = RunFolder(Path(training.ckpt_output_dir))
     prepared, _ = prepare_data(training, folder, world)
+    text = None
     if training.retention_data_path is not None:
-        prepare_retention(training, folder, world, hf, base_digest="")
+        text = prepare_retention(training, folder, world, hf, base_digest="")
     steps = total_steps(training, prepared)
     learning_rates(training, steps)
-    passes = _passes_per_step(prepared, training, processes)
+    passes = _passes_per_step(prepared, training, processes, text)
     memory = memory_of(
         converted(hf, plan),
         processes=processes,
@@ -88,12 +92,37 @@ def make_report(
     )
 
 
-def _passes_per_step(prepared: PreparedData, training: TrainingParameters, processes: int) -> int:
+def _passes_per_step(
+    prepared: PreparedData,
+    training: TrainingParameters,
+    processes: int,
+    text: RetentionText | None,
+) -> int:
     order = epoch_order(len(prepared), training.seed, 0)
     size, limit = training.effective_batch_size, training.max_tokens_per_gpu
     starts = range(0, min(len(order), _PROBED_BATCHES * size), size)
     batches = [prepared.lengths[order[start : start + size]] for start in starts]
-    return max(len(pack(lengths, processes, limit)) for lengths in batches)
+    again = [
+        _replayed_lengths(training, text, start, lengths)
+        for start, lengths in zip(starts, batches, strict=True)
+    ]
+    both = (np.concatenate(pair) for pair in zip(batches, again, strict=True))
+    return max(len(pack(lengths, processes, limit)) for lengths in both)
+
+
+def _replayed_lengths(
+    training: TrainingParameters,
+    text: RetentionText | None,
+    first: int,
+    lengths: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Of what a step learns again; text still to be written is taken to be as long as the data."""
+    if text is None:
+        return np.resize(lengths, round(training.replay_ratio * len(lengths)))
+    replay = replay_of(training, text)
+    if replay is None:
+        return lengths[:0]
+    return replay.part.lengths[replay.between(first, first + len(lengths))]
 
 
 def _energy_kept(base: Path, plan: Plan, training: TrainingParameters) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 Lives here: preparing the user's retention text, sampling one from the model where none is given,
 and its three disjoint parts. Called by `assembly` and `export_checkpoint` before the model is
-converted, and by `planning`. Must never: train on it (no label of it is ever learned), or let two
-parts share a sample.
+converted, by `train`, and by `planning`. Must never: let two parts share a sample, or let a label
+of `checked` or `judged` be learned.
 
-The parts: `read`, that the used directions are read off; `checked`, that their energy in the free
+The parts: `read`, that the used directions are read off and that is learned again where
+`replay_ratio` asks for it; `checked`, that their energy in the free
 directions is measured on; `judged`, that the loss before and after is measured on.
 """
 
@@ -28,9 +29,11 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.data import CHAT, form_of, open_prepared, prepare
 from osft_trainer.durable import write_file
 from osft_trainer.model import load_tokenizer
-from osft_trainer.packing import collate, epoch_order
+from osft_trainer.order import epoch_order
+from osft_trainer.packing import collate
 from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedPart
+from osft_trainer.replay import Replay
 from osft_trainer.report import RunFolder
 from osft_trainer.self_sampling import sample_conversations, sample_documents
 
@@ -66,8 +69,7 @@ def prepare_retention(
 ) -> RetentionText | None:
     """Prepare the text that `retention_data_path` names, or that the model writes. Collective.
 
-    None if there is no such path and nothing needs a text: neither a split by activations nor
-    adaptive ranks.
+    None if there is no such path and the result does not depend on a text.
 
     Args:
         training: the run's parameters.
@@ -81,7 +83,7 @@ def prepare_retention(
         ValueError: on every rank, if the text cannot be used.
     """
     sampled = training.retention_data_path is None
-    if sampled and training.split_by != "activations" and training.rank_allocation == "uniform":
+    if sampled and not training.text_decides:
         return None
 
     def on_first_rank() -> str:
@@ -125,6 +127,14 @@ def parts(whole: PreparedPart, tokens: int, digest: str, sampled: bool) -> Reten
         digest=hashlib.sha256(f"{digest} {tokens}".encode()).hexdigest()[:32],
         sampled=sampled,
     )
+
+
+def replay_of(training: TrainingParameters, text: RetentionText | None) -> Replay | None:
+    """What is learned again; None where nothing is."""
+    if not training.replay_ratio:
+        return None
+    assert text is not None, "a replay has a text"
+    return Replay(text.read, training.replay_ratio, training.seed)
 
 
 def rows(part: PreparedPart) -> Iterator[Row]:
@@ -182,4 +192,4 @@ def _sampled(
     return path
 
 
-__all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "rows"]
+__all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "replay_of", "rows"]

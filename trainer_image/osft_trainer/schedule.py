@@ -16,7 +16,8 @@ import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from osft_trainer.config import TrainingParameters
-from osft_trainer.packing import batches_per_epoch, epoch_order
+from osft_trainer.order import epoch_order
+from osft_trainer.packing import batches_per_epoch
 from osft_trainer.prepared import PreparedData
 
 LearningRates = Callable[[int], float]

@@ -38,7 +38,7 @@ from osft_trainer.parallel import World
 from osft_trainer.prepared import PreparedData
 from osft_trainer.progress import Reporter
 from osft_trainer.report import Metric, Retention, RunFolder, finite, metric_lines
-from osft_trainer.retention import RetentionText
+from osft_trainer.retention import RetentionText, replay_of
 from osft_trainer.saving import Saver
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.targets import Plan
@@ -117,6 +117,7 @@ def train(
             export_epoch=run.outputs.write_epoch,
             validation=validation,
             leaks=run.leaks(model),
+            replay=replay_of(training, text),
         )
         end, stopped = loop.run(start)
         return run.finish(model, start, end, stopped, text, before)

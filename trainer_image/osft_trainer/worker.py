@@ -128,10 +128,8 @@ def _claim(arguments: TrainerArguments, folder: RunFolder) -> str:
         return json.dumps({"verdict": verdict.model_dump()})
     training = arguments.training
     model = base_digest(training.model_path)
-    # Text that is only measured on changes nothing; text that decides the split does.
-    decides = training.retention_data_path is not None and (
-        training.split_by == "activations" or training.rank_allocation == "adaptive"
-    )
+    # Text that is only measured on changes nothing.
+    decides = training.retention_data_path is not None and training.text_decides
     retention = data_digest(str(training.retention_data_path)) if decides else None
     prints = fingerprint(training, data_digest(training.data_path), model, retention)
     return json.dumps(asdict(claim(folder, arguments.run, prints)))

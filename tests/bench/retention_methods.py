@@ -121,10 +121,18 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "osft factored": by_weights("factored"),
     "osft activations, retention text": by_activations,
     "osft activations, own text": by_activations,
+    "plain fine-tuning, replay": plain,
+    "osft activations, replay": by_activations,
 }
+PLAIN = "plain fine-tuning"
 OWN_TEXT = "osft activations, own text"
 BY_WEIGHTS = "osft exact"
-WITHOUT_RATIO = ("plain fine-tuning",)
+PLAIN_REPLAY = "plain fine-tuning, replay"
+REPLAY = "osft activations, replay"
+REPLAYED = (PLAIN_REPLAY, REPLAY)
+"""They learn old text again in every step."""
+READ_OWN_TEXT = (OWN_TEXT, *REPLAYED)
+WITHOUT_RATIO = (PLAIN, PLAIN_REPLAY)
 
 
 def as_rows(tokens: Tensor, at_once: int = 96) -> list[Row]:

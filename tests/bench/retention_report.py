@@ -17,6 +17,8 @@ RESULT = Path(__file__).with_name("results") / "retention.json"
 PICTURE = RESULT.with_suffix(".svg")
 PROJECTION = RESULT.with_name("retention-projection.json")
 """Beside `osft exact` the same with projected gradients, from the same base model."""
+REPLAY = RESULT.with_name("retention-replay.json")
+"""Beside methods that read the model's own text those that learn it again."""
 GRADIENTS_TOO = "osft exact, gradients too"
 SHOWN = "conflicting, new word"
 """Task of the picture: the one on which methods differ most."""
@@ -31,6 +33,8 @@ COLORS = {
     "osft factored": "#1b4f72",
     "osft activations, retention text": "#d33682",
     "osft activations, own text": "#dc322f",
+    "plain fine-tuning, replay": "#444444",
+    "osft activations, replay": "#7a0c0a",
 }
 LEFT, TOP, WIDTH, HEIGHT = 60, 20, 420, 300
 
@@ -59,9 +63,24 @@ def retention_tables() -> str:
         "settings, found on these tasks with one seed:"
     )
     parts = [note, final_table(result), more, room_table(result)]
+    if REPLAY.is_file():
+        parts += _replay(json.loads(REPLAY.read_text(encoding="utf-8")))
     if PROJECTION.is_file():
         parts += _projection(json.loads(PROJECTION.read_text(encoding="utf-8")))
     return "\n\n".join(parts)
+
+
+def _replay(result: Numbers) -> list[str]:
+    note = (
+        "`replay` learns the model's own text again, one sample for four new ones, as "
+        "`replayRatio: 0.25` does. On another base model of the same kind; "
+        f"`{result['command']}`:"
+    )
+    lacking = (
+        "The same with text that holds two of the three old skills: in which measure the third, "
+        "which nothing told of, is kept. New skill / the two, then the third:"
+    )
+    return [note, final_table(result), room_table(result), lacking, gap_table(result)]
 
 
 def _projection(result: Numbers) -> list[str]:
@@ -99,6 +118,27 @@ def room_table(result: Numbers) -> str:
         cells = [_cell(outcomes) if outcomes else "" for outcomes in by_task]
         lines.append(_row([method, f"{rate:g}, {ratio:g}", f"{decay:g}", *cells]))
     return "\n".join(lines)
+
+
+def gap_table(result: Numbers) -> str:
+    """What becomes of an old skill that the text lacks: a row a method, a column a task."""
+    gap = result.get("gap", [])
+    tasks = _tasks(gap)
+    heads = ["method", "rate, ratio", *tasks]
+    lines = [_row(heads), "|---" * len(heads) + "|"]
+    for method in dict.fromkeys(outcome["job"]["method"] for outcome in gap):
+        mine = [o for o in gap if o["job"]["method"] == method]
+        by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
+        cells = [_gap_cell(outcomes) for outcomes in by_task]
+        lines.append(_row([method, _setting(mine[0]["job"]), *cells]))
+    return "\n".join(lines)
+
+
+def _gap_cell(outcomes: Sequence[Numbers]) -> str:
+    new, old = (statistics.mean(o[name] for o in outcomes) for name in ("new", "old"))
+    lacking = [outcome["lacking"] for outcome in outcomes]
+    spread = f" ({min(lacking):.2f} to {max(lacking):.2f})" if len(lacking) > 1 else ""
+    return f"{new:.2f} / {old:.2f}, {statistics.mean(lacking):.2f}{spread}"
 
 
 def _tasks(outcomes: Sequence[Numbers]) -> list[str]:
@@ -159,7 +199,7 @@ def _place(new: float, old: float) -> tuple[float, float]:
 
 def _setting(job: Numbers) -> str:
     rate = f"{job['learning_rate']:g}"
-    if job["method"] == "plain fine-tuning":
+    if job["method"].startswith("plain fine-tuning"):
         return rate
     if job["method"] == "LoRA":
         return f"{rate}, rank {LORA_RANKS[job['ratio']]}"

@@ -18,22 +18,20 @@ SEEDS = [0, 1, 2]
 SCREENED = ["easy, new word", "conflicting, new word"]
 PROMISING = [
     (methods.OWN_TEXT, 0.25, 3e-2, 0.3),
-    (methods.OWN_TEXT, 0.5, 1e-2, 1.0),
     (methods.OWN_TEXT, 0.5, 1e-2, 2.0),
-    (methods.OWN_TEXT, 0.5, 2e-2, 2.0),
+    (methods.REPLAY, 0.5, 1e-2, 1.0),
+    (methods.REPLAY, 0.5, 1e-2, 2.0),
 ]
 """Tried on the tasks with new words, too."""
 ROOM = [
-    (methods.OWN_TEXT, 0.5, 1e-3, 0.0),
     (methods.OWN_TEXT, 0.5, 3e-3, 0.0),
-    (methods.OWN_TEXT, 0.75, 1e-3, 0.0),
-    (methods.OWN_TEXT, 0.75, 3e-3, 0.0),
     *PROMISING,
-    (methods.OWN_TEXT, 0.25, 3e-2, 0.0),
     (methods.BY_WEIGHTS, 0.25, 3e-3, 1.0),
-    (methods.BY_WEIGHTS, 0.25, 1e-2, 1.0),
 ]
 """Method, ratio, learning rate, weight decay."""
+LACKS = "inc"
+GAP = (methods.PLAIN_REPLAY, methods.OWN_TEXT, methods.REPLAY)
+"""Methods that are given text of the old skills but one."""
 
 
 @dataclass(frozen=True)
@@ -105,5 +103,16 @@ def room_jobs(scope: Scope) -> list[Job]:
         if method in scope.methods
         for task in NEW
         if task not in SCREENED or (method, ratio, rate, decay) in PROMISING
+        for seed in scope.seeds
+    ]
+
+
+def gap_jobs(scope: Scope, best: dict[str, Job]) -> list[Job]:
+    """What is kept of an old skill that the text does not hold."""
+    return [
+        replace(best[method], task=task, seed=seed, lacks=LACKS)
+        for method in GAP
+        if method in scope.methods
+        for task in SCREENED
         for seed in scope.seeds
     ]

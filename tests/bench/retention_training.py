@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,8 @@ class Job:
     seed: int = 0
     steps: int = STEPS
     weight_decay: float = 0.0
+    lacks: str | None = None
+    """Old skill that the text does not hold; the text is not the model's own then."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Outcome:
     old_then: float | None
     """The old skills at that step."""
     seconds: float
+    lacking: float | None = None
+    """The old skill that the text lacks; `old` is the mean of the others then."""
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -101,28 +106,33 @@ class Bench:
         """[chats, T] token numbers; chats of one task have one length."""
         return pretrain.encode(self.tokenizer, list(chats))
 
-    def text(self, method: str) -> list[methods.Row]:
-        """What a method may read: the old skills' text, or what the model wrote itself."""
-        if method == methods.OWN_TEXT:
-            chats = [json.loads(line) for line in (self.folder / "own.jsonl").open()]
-            # What the model writes is not always as long as what it learned.
-            by_length: dict[int, list[dict]] = {}
-            for chat in chats:
-                by_length.setdefault(self.tokens([chat]).shape[1], []).append(chat)
-            alike = [by_length[length] for length in sorted(by_length)]
-            return [row for chats in alike for row in methods.as_rows(self.tokens(chats))]
-        each = TEXT_SAMPLES // len(OLD)
-        chats = [chat for task in OLD for chat in task.samples(each, "retention")]
-        return methods.as_rows(self.tokens(chats))
+    def text(self, job: Job) -> list[Tensor]:
+        """What a method may read, [chats, T] for each length.
+
+        The old skills' text, or what the model wrote itself.
+        """
+        if job.method not in methods.READ_OWN_TEXT or job.lacks is not None:
+            held = [task for task in OLD if task.name != job.lacks]
+            each = TEXT_SAMPLES // len(held)
+            return [
+                self.tokens([chat for task in held for chat in task.samples(each, "retention")])
+            ]
+        chats = [json.loads(line) for line in (self.folder / "own.jsonl").open()]
+        # What the model writes is not always as long as what it learned.
+        by_length: dict[int, list[dict]] = {}
+        for chat in chats:
+            by_length.setdefault(self.tokens([chat]).shape[1], []).append(chat)
+        return [self.tokens(by_length[length]) for length in sorted(by_length)]
 
     def run(self, job: Job) -> Outcome:
         """Train and measure."""
         began = time.monotonic()
         torch.manual_seed(job.seed)
         task = NEW[job.task]
-        made = methods.METHODS[job.method](
-            copy.deepcopy(self.base), job.ratio, self.text(job.method)
-        )
+        text = self.text(job)
+        rows = [row for alike in text for row in methods.as_rows(alike)]
+        made = methods.METHODS[job.method](copy.deepcopy(self.base), job.ratio, rows)
+        replayed = Replayed(text, job.seed) if job.method in methods.REPLAYED else None
         optimizer = torch.optim.AdamW(
             made.parameters,
             lr=job.learning_rate,
@@ -135,8 +145,8 @@ class Bench:
         learned_at, old_then = None, None
         for step, batch in enumerate(data.split(BATCH), start=1):
             made.hf.train()
-            loss = made.hf(input_ids=batch, labels=answers_only(batch)).loss
-            loss.backward()
+            batches = [batch] if replayed is None else [batch, *replayed.next()]
+            mean_loss(made.hf, batches).backward()
             made.before_clipping()
             torch.nn.utils.clip_grad_norm_(made.parameters, 1.0)
             optimizer.step()
@@ -146,18 +156,20 @@ class Bench:
             due = step % EVALUATE_EVERY == 0 and learned_at is None
             if due and self.score(made.hf, task) >= LEARNED:
                 learned_at, old_then = step, self.old(made.hf, task)
+        lacking = [self.score(made.hf, task) for task in OLD if task.name == job.lacks]
         return Outcome(
-            job, self.score(made.hf, task), self.old(made.hf, task), learned_at, old_then,
-            time.monotonic() - began,
+            job, self.score(made.hf, task), self.old(made.hf, task, job.lacks), learned_at,
+            old_then, time.monotonic() - began, *lacking,
         )  # fmt: skip
 
     def before(self) -> dict[str, float]:
         """What the base model answers of everything, old and new."""
         return {task.name: self.score(self.base, task) for task in [*OLD, *NEW.values()]}
 
-    def old(self, hf: nn.Module, new: Task) -> float:
-        """Mean score of the old skills."""
-        return statistics.mean(self.score(hf, task) for task in old_beside(new))
+    def old(self, hf: nn.Module, new: Task, lacks: str | None = None) -> float:
+        """Mean score of the old skills, but for one."""
+        held = [task for task in old_beside(new) if task.name != lacks]
+        return statistics.mean(self.score(hf, task) for task in held)
 
     @torch.no_grad()
     def score(self, hf: nn.Module, task: Task) -> float:
@@ -171,6 +183,40 @@ class Bench:
         wanted = answers_only(tokens)[:, 1:]
         found = hf(input_ids=tokens).logits[:, :-1].argmax(-1)
         return float(((found == wanted) | (wanted == -100)).all(1).float().mean())
+
+
+class Replayed:
+    """Old text for every step: a sample for each four of the new skill."""
+
+    COUNT = BATCH // 4
+
+    def __init__(self, text: list[Tensor], seed: int) -> None:
+        """`text`: [chats, T] for each length."""
+        self._text = text
+        self._all = [(at, row) for at, alike in enumerate(text) for row in range(len(alike))]
+        self._left: list[tuple[int, int]] = []
+        self._source = random.Random(seed)
+
+    def next(self) -> list[Tensor]:
+        """The next samples, those of one length together; all come once before any comes again."""
+        if len(self._left) < self.COUNT:
+            self._left += self._source.sample(self._all, len(self._all))
+        taken, self._left = self._left[: self.COUNT], self._left[self.COUNT :]
+        by_length: dict[int, list[int]] = {}
+        for at, row in taken:
+            by_length.setdefault(at, []).append(row)
+        return [self._text[at][rows] for at, rows in sorted(by_length.items())]
+
+
+def mean_loss(hf: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Mean over the answer tokens of all batches; of what the model wrote, over its last words."""
+    labels = [answers_only(batch) for batch in batches]
+    counts = [int((of_batch[:, 1:] != -100).sum()) for of_batch in labels]
+    sums = [
+        hf(input_ids=batch, labels=of_batch).loss * count
+        for batch, of_batch, count in zip(batches, labels, counts, strict=True)
+    ]
+    return torch.stack(sums).sum() / sum(counts)
 
 
 def answers_only(tokens: Tensor) -> Tensor:

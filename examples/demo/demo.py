@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[dict[str, Any], list[float]]] = {
     ),
     QUICKSTART_METHOD: ({}, [1e-3, 2e-3, 4e-3]),
 }
-"""What each changes in the quickstart, and three learning rates around its own best."""
+"""What each changes in the quickstart, and three learning rates."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,8 @@ from transformers import PreTrainedModel
 
 from osft_trainer import forward
 from osft_trainer.forward import loss_tokens, next_token_labels, packed_forward, packed_loss
-from osft_trainer.model import (
-    OSFTModel,
-    apply_liger,
-    convert,
-    load_model,
-)
+from osft_trainer.liger import apply_liger
+from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.targets import plan_targets
 from tiny_models import FAMILIES, packed_batch, save_tiny_model, tiny_model
@@ -266,12 +262,6 @@ def test_a_weight_with_nan_is_named() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight.*NaN"):
         convert(model, plan_targets(model, 0.25))
-
-
-def test_liger_says_why_it_is_off() -> None:
-    model = tiny_model("llama")
-    assert "use_liger is false" in str(apply_liger(model, False, torch.device("cpu")))
-    assert "need CUDA" in str(apply_liger(model, True, torch.device("cpu")))
 
 
 @pytest.mark.gpu

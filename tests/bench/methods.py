@@ -23,12 +23,8 @@ from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.decomposition import prepare
 from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
-from osft_trainer.model import (
-    OSFTModel,
-    apply_liger,
-    convert,
-    load_model,
-)
+from osft_trainer.liger import apply_liger
+from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.report import RunFolder
@@ -55,6 +51,8 @@ class Setting:
     ratio: float
     activation_checkpointing: bool
     liger: bool
+    selective: bool = False
+    """Whether blocks will keep the results of matrix products; then Liger rotates nothing."""
 
 
 @dataclass
@@ -130,7 +128,7 @@ def _load(setting: Setting, seconds: dict[str, float]) -> tuple[PreTrainedModel,
     """The base model with what all methods share; whether the fused loss is there."""
     with timed(seconds, "load", setting.world):
         hf = load_model(setting.base, setting.dtype)
-    fused = apply_liger(hf, setting.liger, setting.world.device) is None
+    fused = apply_liger(hf, setting.liger, setting.world.device, setting.selective) is None
     use_variable_length(hf, setting.world.device)
     if setting.activation_checkpointing:
         enable_activation_checkpointing(hf)

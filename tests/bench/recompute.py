@@ -137,6 +137,7 @@ def _pass(method: Method, tokens: torch.Tensor) -> None:
 
 def _method(arguments: argparse.Namespace) -> Method:
     on_cuda = arguments.device == "cuda"
+    kept, compiled = MODES[arguments.one]
     setting = Setting(
         base=arguments.folder / "base",
         work=arguments.folder,
@@ -145,14 +146,14 @@ def _method(arguments: argparse.Namespace) -> Method:
         ratio=0.25,
         activation_checkpointing=False,
         liger=on_cuda,
+        selective=kept == "selective",
     )
     method = ours(setting, "exact")
     model = method.module
     assert isinstance(model, OSFTModel)
     model.train()
-    kept, compiled = MODES[arguments.one]
     if kept != "keep":
-        enable_activation_checkpointing(model.hf, selective=kept == "selective")
+        enable_activation_checkpointing(model.hf, setting.selective)
     if compiled:
         compile_blocks(model.hf, setting.world.device)
     return method

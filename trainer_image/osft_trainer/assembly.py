@@ -23,13 +23,8 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
 from osft_trainer.importance import importance_of_run
-from osft_trainer.model import (
-    OSFTModel,
-    apply_liger,
-    convert,
-    load_model,
-    load_tokenizer,
-)
+from osft_trainer.liger import apply_liger
+from osft_trainer.model import OSFTModel, convert, load_model, load_tokenizer
 from osft_trainer.parallel import World, shard
 from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder, write_atomically
@@ -113,13 +108,14 @@ def build_model(
             f"{training.other_parameters} leaves nothing to train: raise one of them"
         )
     _write_plan(plan, prepared, held_out, steps, folder, world)
-    liger_off = apply_liger(hf, training.use_liger, world.device)
+    selective = training.selective_activation_checkpointing
+    liger_off = apply_liger(hf, training.use_liger, world.device, selective)
     dense_mask = use_variable_length(hf, world.device)
     if world.rank == 0:
         logger.info("%s", liger_off or "Liger kernels are on")
         logger.info("%s", dense_mask or "packed samples take torch's variable-length attention")
     if training.activation_checkpointing:
-        enable_activation_checkpointing(hf, training.selective_activation_checkpointing)
+        enable_activation_checkpointing(hf, selective)
     bases = decomposition.prepare(
         hf, plan, cache=folder.cache, base_digest=base_digest, world=world, retention=text
     )

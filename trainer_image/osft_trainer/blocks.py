@@ -9,7 +9,8 @@ operations, matrix products and attention, whose results are a part of what a bl
 Selective recomputation keeps these and computes the rest again: norms, rotary embedding,
 activation functions, residuals (Korthikanti et al., 2022, arXiv:2205.05198, section 5, keeps the
 products and recomputes attention; here attention is kept, too, which with kernels that hold no
-T x T matrix costs one hidden state).
+T x T matrix costs one hidden state). Nothing may write into what is kept: kernels that work in
+place stay out of such blocks (`liger`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Loading a language model and turning it into one that trains in its free subspace.
 
-What lives here: reading a local HF folder, optional kernels, `convert`, and `OSFTModel`, the object
-the training loop drives. Called by the training loop, export and tests. Must never: download, read
+What lives here: reading a local HF folder, `convert`, and `OSFTModel`, the object that the training
+loop drives. Called by the training loop, export and tests. Must never: download, read
 pickles, choose ranks (`targets` does), or start a process group (`parallel` does).
 """
 
@@ -164,31 +164,6 @@ def load_tokenizer(
             Path(model_path), local_files_only=True, trust_remote_code=trust_remote_code
         ),
     )
-
-
-def apply_liger(model: PreTrainedModel, use_liger: bool, device: torch.device) -> str | None:
-    """Patch the model with Liger kernels; before `convert`.
-
-    Returns:
-        None when they are on, else one line why they are off, for the caller to log.
-    """
-    if not use_liger:
-        return "Liger kernels are off: use_liger is false"
-    if device.type != "cuda":
-        return f"Liger kernels are off: they need CUDA and this run uses {device.type}"
-    try:
-        # Imported here because Liger needs Triton, which machines without CUDA do not have.
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        return f"Liger kernels are off: liger-kernel cannot be imported ({error})"
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return f"Liger kernels are off: liger-kernel has none for {model.config.model_type}"
-    # The cross entropy is `forward`'s business; patching the model's own would change nothing.
-    _apply_liger_kernel_to_instance(
-        model=model, fused_linear_cross_entropy=False, cross_entropy=False
-    )
-    return None
 
 
 def decompose_weight(plan: Plan) -> Decompose:

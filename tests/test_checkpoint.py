@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +119,42 @@ def test_a_damaged_state_is_passed_over(
     save(states, loaded, Position(step=2))
     assert RunFolder(tmp_path).complete_checkpoints() == [RunFolder(tmp_path).checkpoint(2)]
     assert states.load(new_state(4)) == Position(step=2)
+
+
+@pytest.mark.parametrize("name", ["state.json", "rank-00000.json", "rank-00000.safetensors"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_state_that_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    states = states_of(tmp_path)
+    for step in (1, 2):
+        save(states, new_state(step), Position(step=step))
+    opened = io.open
+
+    def fail(path: Path, *args: Any, **told: Any) -> Any:
+        if path.name == name and path.parent.name == "step-00000002":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **told)
+
+    with monkeypatch.context() as patch:
+        # What a server that is away does to Path.open and Path.read_text.
+        patch.setattr(io, "open", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            states.load(new_state(3))
+    assert states.load(new_state(3)) == Position(step=2)
+
+
+def test_a_state_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:
+    states = states_of(tmp_path)
+    save(states, new_state(1), Position(step=1))
+    path = save(states, new_state(2), Position(step=2))
+    meta = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**meta, "format": checkpoint.FORMAT + 1}))
+    with pytest.raises(
+        ValueError, match=r"step-00000002 is of format 2, and this .* reads format 1"
+    ):
+        states.load(new_state(3))
+    assert path.is_dir()
 
 
 def test_without_marker_it_does_not_count_and_gives_way(tmp_path: Path) -> None:

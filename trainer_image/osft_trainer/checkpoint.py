@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from osft_trainer.agreement import any_rank, from_first_rank
+from osft_trainer.agreement import any_rank, from_first_rank, raise_together
 from osft_trainer.durable import sync
 from osft_trainer.parallel import World
 from osft_trainer.report import COMPLETE, RunFolder
@@ -126,19 +126,33 @@ class Checkpoints:
     def load(self, state: State) -> Position | None:
         """Restore the newest intact state, in place; None when there is none.
 
-        A damaged state is set aside with a warning and the one before is taken.
+        A damaged state is set aside with a warning and the one before is taken. Damage is a file
+        that is missing, cut or changed. One that cannot be read now may be whole: the run ends, and
+        another try finds out.
 
         Raises:
-            ValueError: the newest intact state belongs to another model or decomposition.
+            ValueError: the newest intact state belongs to another model or decomposition, or is of
+                another format.
+            OSError: on every rank, when one cannot read a file.
         """
         names = from_first_rank(self.world, self._names)
         for name in reversed(names.split()):
             path = self.folder.checkpoints / name
-            if any_rank(not self._is_intact(path), self.world, patient=True):
+            if not self._is_intact_everywhere(path):
                 from_first_rank(self.world, partial(_set_aside, path))
                 continue
             return self._restore(path, state)
         return None
+
+    def _is_intact_everywhere(self, path: Path) -> bool:
+        """Whether every rank finds its share of a state's files as they were written."""
+        intact, failure = False, None
+        try:
+            intact = self._is_intact(path)
+        except (ValueError, OSError) as error:
+            failure = error
+        raise_together(failure, self.world, f"checkpoint {path}: another rank could not read it")
+        return not any_rank(not intact, self.world, patient=True)
 
     def _restore(self, path: Path, state: State) -> Position:
         saved = read_meta(path)
@@ -151,7 +165,10 @@ class Checkpoints:
                 "back, or give the run another ckpt_output_dir or run_id"
             )
         found = [open_shard(path, rank) for rank in range(saved["worldSize"])]
-        read_rows([shard for shard in found if shard], state.trainables, state.optimizer)
+        shards = [shard for shard in found if shard is not None]
+        # A rank's rows left out would stay what they are: fresh factors among trained ones.
+        assert len(shards) == len(found), "is_intact has read them all"
+        read_rows(shards, state.trainables, state.optimizer)
         return Position(**saved["position"])
 
     def _names(self) -> str:
@@ -164,7 +181,7 @@ class Checkpoints:
     def _is_intact(self, path: Path) -> bool:
         """Whether this rank's share of the files is what was written; all are read once."""
         saved = read_meta(path)
-        if saved is None or saved.get("format") != FORMAT:
+        if saved is None:
             return False
         for rank in range(int(saved["worldSize"])):
             shard = open_shard(path, rank)
@@ -216,9 +233,24 @@ def _set_aside(path: Path) -> str:
 
 
 def read_meta(path: Path) -> dict[str, Any] | None:
-    """state.json of a state; None when it cannot be read."""
+    """state.json of a state; None when it is missing or damaged.
+
+    Raises:
+        ValueError: another version of the trainer wrote it, in another format.
+        OSError: it cannot be read now.
+    """
     try:
         found = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    number = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(number, int):
+        return None
+    if number != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is of format {number}, and this version of the trainer reads "
+            f"format {FORMAT}: use the version that wrote it, or begin anew with another "
+            "ckpt_output_dir or run_id"
+        )
+    assert isinstance(found, dict)
+    return found

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from osft_trainer.assembly import compute_dtype, plan_of
 from osft_trainer.base_model import local_folder
-from osft_trainer.checkpoint import FORMAT, Position, read_meta
+from osft_trainer.checkpoint import Position, read_meta
 from osft_trainer.config import TrainingParameters
 from osft_trainer.decomposition import Decompositions, digest_of, prepare, stored
 from osft_trainer.export import base_digest, export_hf
@@ -65,7 +65,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: no complete and intact state, another base model, or `out` is taken.
-        OSError: `out` cannot be written; nothing is left there.
+        OSError: a file cannot be read, or `out` cannot be written; nothing is left there.
     """
     saved = _intact(checkpoint)
     record = _record(checkpoint, saved)
@@ -151,11 +151,8 @@ def _intact(checkpoint: Path) -> dict[str, Any]:
         cure = f"give {found[-1]}" if found else "give <run>/checkpoints/step-N with a COMPLETE"
         raise ValueError(f"{checkpoint} is no complete state of a run: {cure}")
     saved = read_meta(checkpoint)
-    if saved is None or saved.get("format") != FORMAT:
-        raise ValueError(
-            f"{checkpoint}/state.json is damaged or of another format than {FORMAT}: take another "
-            "state, or the trainer that wrote it"
-        )
+    if saved is None:
+        raise ValueError(f"{checkpoint}/state.json is damaged: take an older state")
     if not all(shard.is_intact() for shard in _shards(checkpoint, saved)):
         raise ValueError(f"{checkpoint} is damaged (a file is cut or changed): take an older state")
     return saved

@@ -53,10 +53,15 @@ class Shard:
     sha256: str
 
     def is_intact(self) -> bool:
-        """Whether the file is the one that was written, byte for byte."""
-        if not self.path.is_file() or self.path.stat().st_size != self.size:
+        """Whether the file is the one that was written, byte for byte.
+
+        Raises:
+            OSError: it cannot be read now, which says nothing about what is in it.
+        """
+        try:
+            return self.path.stat().st_size == self.size and _sha256(self.path) == self.sha256
+        except FileNotFoundError:
             return False
-        return _sha256(self.path) == self.sha256
 
 
 def file_of(folder: Path, rank: int) -> Path:
@@ -163,13 +168,17 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def open_shard(folder: Path, rank: int) -> Shard | None:
-    """A rank's file; None when its description is missing or damaged."""
+    """A rank's file; None when its description is missing or damaged.
+
+    Raises:
+        OSError: the description cannot be read now.
+    """
     path = file_of(folder, rank)
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         rows = {name: (int(start), int(stop)) for name, (start, stop) in found["rows"].items()}
         return Shard(path, rows, found["shapes"], found["steps"], found["size"], found["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import liger_kernel.transformers
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+import tiny
+from osft_trainer import assembly, worker
 from osft_trainer.blocks import enable_activation_checkpointing
-from osft_trainer.liger import apply_liger
+from osft_trainer.liger import apply_liger, undone_afterwards
 from osft_trainer.model import convert
+from osft_trainer.parallel import start_world
 from osft_trainer.targets import plan_targets
 from tiny_models import packed_batch, tiny_model
 
@@ -29,6 +35,84 @@ def test_liger_says_why_it_is_off() -> None:
     assert "use_liger is false" in str(apply_liger(model, False, CPU))
     assert "need CUDA" in str(apply_liger(model, True, CPU))
     assert "none for gpt2" in str(apply_liger(tiny_model("gpt2"), True, CUDA))
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> dict[str, bool]:
+    """What Liger is told for a model."""
+    told: dict[str, bool] = {}
+    monkeypatch.setattr(liger_kernel.transformers, PATCH, lambda model, **more: told.update(more))
+    assert apply_liger(model, True, CUDA) is None
+    return told
+
+
+@pytest.mark.parametrize(
+    ("family", "activation", "kernel"),
+    [
+        ("llama", {"hidden_act": "silu"}, "swiglu"),
+        ("llama", {"hidden_act": "gelu"}, None),
+        ("qwen3", {"hidden_act": "swish"}, "swiglu"),
+        ("phi3", {"hidden_act": "relu"}, None),
+        ("mixtral", {"hidden_act": "gelu"}, None),
+        ("gemma", {"hidden_act": "gelu_pytorch_tanh"}, "geglu"),
+        ("gemma2", {}, "geglu"),
+        ("gemma2", {"hidden_activation": "silu"}, "swiglu"),  # an argument that it does not have
+        ("gemma3", {"hidden_activation": "relu"}, None),
+    ],
+)
+def test_a_gated_mlp_is_ligers_only_with_its_activation(
+    family: str, activation: dict[str, str], kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = _asked(monkeypatch, tiny_model(family, **activation))
+    off = {name for name, wanted in told.items() if not wanted}
+    assert off & {"swiglu", "geglu"} == {"swiglu", "geglu"} - {kernel}
+    # The defaults of a family stay what they are: some have no rotation by default.
+    assert not any(told.values())
+
+
+@pytest.mark.parametrize("blocks", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_experts_in_some_blocks_only_leave_the_model_unpatched(blocks: dict[str, Any]) -> None:
+    model = tiny_model("qwen3_moe", **blocks)
+    before = dict(vars(modeling_qwen3_moe))
+    assert "blocks without experts" in str(apply_liger(model, True, CUDA))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert vars(modeling_qwen3_moe) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3", "qwen3_moe"])
+def test_the_familys_code_is_its_own_again_after_a_run(family: str) -> None:
+    """With Liger's real patches, twice, as two runs of one process."""
+    code = vars(sys.modules[type(tiny_model(family)).__module__])
+    before = dict(code)
+    for _ in range(2):
+        with undone_afterwards():
+            for model in (tiny_model(family), tiny_model(family)):
+                assert apply_liger(model, True, CUDA) is None
+            assert code["apply_rotary_pos_emb"] is not before["apply_rotary_pos_emb"]
+        assert dict(code) == before
+
+
+def test_a_run_undoes_what_it_has_patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run on the CPU, patched with a rotation that it can compute."""
+    data = tiny.data_file(tmp_path / "data.jsonl", conversations=8)
+    told = tiny.arguments(tiny.model_folder(tmp_path / "model"), data, tmp_path / "run")
+    rotated: list[int] = []
+
+    def rotate(*given: Tensor) -> tuple[Tensor, ...]:
+        rotated.append(1)
+        return _ROTATE(*given)
+
+    def patch(model: object, **_: bool) -> None:
+        modeling_llama.apply_rotary_pos_emb = rotate
+
+    def as_on_cuda(hf: PreTrainedModel, wanted: bool, *_: object) -> str:
+        assert apply_liger(hf, wanted, CUDA) is None
+        return "the fused loss needs CUDA"
+
+    monkeypatch.setattr(liger_kernel.transformers, PATCH, patch)
+    monkeypatch.setattr(assembly, "apply_liger", as_on_cuda)
+    worker.run(told, start_world("cpu"), stop=threading.Event(), environ={})
+    assert rotated
+    assert modeling_llama.apply_rotary_pos_emb is _ROTATE
 
 
 class _RotatesInPlace(torch.autograd.Function):

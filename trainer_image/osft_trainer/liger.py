@@ -1,17 +1,35 @@
 """Liger's fused kernels in a transformers model, as far as they fit it.
 
-Lives here: which of them a model takes, and putting them in. Called by `assembly` before `convert`.
-Must never: fail where plain torch would do, or change a result beyond rounding.
+Lives here: which of them a model takes, putting them in, and undoing what outlives the model.
+Called by `assembly` before `convert`, and by `worker` around the run. Must never: fail where plain
+torch would do, or change a result beyond rounding.
 
 Liger works on the model's own objects and on names in the module of its family's code: a norm or an
 MLP that is there gets another `forward`, and the name that attention looks up for rotary embedding
-is bound to Liger's.
+is bound to Liger's, for every model of the family in this process.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from osft_trainer.targets import decoder_blocks
+
+_GATED = {"swiglu": {"silu", "swish"}, "geglu": {"gelu_pytorch_tanh", "gelu_new"}}
+"""Liger's gated MLPs, and what the one activation of each is called in configurations."""
+
+_WANTS_EXPERTS = frozenset({"mixtral", "qwen3_moe", "hunyuan_v1_moe"})
+"""Families of which Liger asks every block for its experts, those without any, too."""
+
+_originals: dict[ModuleType, dict[str, Any]] = {}
+"""What Liger has bound anew in modules of this process. It describes the process, as they do."""
 
 
 def apply_liger(
@@ -40,17 +58,62 @@ def apply_liger(
         return f"Liger kernels are off: liger-kernel cannot be imported ({error})"
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger kernels are off: liger-kernel has none for {model.config.model_type}"
-    _apply_liger_kernel_to_instance(model=model, **_unwanted(selective))
+    if model.config.model_type in _WANTS_EXPERTS and _has_dense_blocks(model):
+        return (
+            "Liger kernels are off: liger-kernel cannot patch blocks without experts among others"
+        )
+    with _noting_what_is_bound(model):
+        _apply_liger_kernel_to_instance(model=model, **_unwanted(model.config, selective))
     return None
 
 
-def _unwanted(selective: bool) -> dict[str, bool]:
+@contextmanager
+def undone_afterwards() -> Iterator[None]:
+    """Around a run in somebody's process: models that are made later run their own code again."""
+    try:
+        yield
+    finally:
+        for module, names in _originals.items():
+            vars(module).update(names)
+        _originals.clear()
+
+
+@contextmanager
+def _noting_what_is_bound(model: PreTrainedModel) -> Iterator[None]:
+    """Remember what the names were bound to that change inside, in the modules of the model."""
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    before = {module: dict(vars(module)) for module in modules}
+    try:
+        yield
+    finally:
+        for module, names in before.items():
+            changed = {n: old for n, old in names.items() if vars(module)[n] is not old}
+            if changed:
+                # What an earlier model has noted is the original.
+                _originals[module] = {**changed, **_originals.get(module, {})}
+
+
+def _has_dense_blocks(model: PreTrainedModel) -> bool:
+    return any(not hasattr(block.mlp, "experts") for block in decoder_blocks(model)[1])
+
+
+def _activations(config: PreTrainedConfig) -> set[str]:
+    """What the configuration calls the activation of its MLPs; families differ in the name."""
+    text = config.get_text_config()
+    told = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation"))
+    return {name for name in told if name is not None}
+
+
+def _unwanted(config: PreTrainedConfig, selective: bool) -> dict[str, bool]:
     """The kernels to leave out, by the names of Liger's arguments; a family has its own defaults.
 
     What a family has no argument for is dropped by Liger.
     """
     # The cross entropy is `forward`'s business; patching the model's own would change nothing.
-    off = ["fused_linear_cross_entropy", "cross_entropy"]
+    # The squared ReLU goes into a table that all families share.
+    off = ["fused_linear_cross_entropy", "cross_entropy", "relu_squared"]
+    # A gated MLP of Liger's computes its own activation, whatever the configuration names.
+    off += [name for name, meant in _GATED.items() if not _activations(config) <= meant]
     if selective:
         # Liger rotates queries and keys in the memory of the product that they are, unseen by
         # torch. Where that product is kept, the backward pass would rotate it once more, and the

@@ -32,6 +32,7 @@ from osft_trainer.identity import (
     write_verdict,
 )
 from osft_trainer.last_words import of_error
+from osft_trainer.liger import undone_afterwards
 from osft_trainer.outcome import Diverged, OutOfMemory, Superseded, TrainResult
 from osft_trainer.parallel import World, stop_world
 from osft_trainer.progress import Reporter
@@ -69,6 +70,7 @@ def run(
     mine = _claim_together(arguments, folder, world)
     try:
         with (
+            undone_afterwards(),
             _reporting(arguments, folder, mine, world, environ) as reporter,
             _naming_lack_of_memory(arguments, reporter),
         ):

@@ -120,6 +120,26 @@ def test_the_reason_for_a_dense_mask_is_told(
     assert model.config._attn_implementation != attention.NAME
 
 
+def test_a_kernel_without_grouped_heads_leaves_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch 2.11 has it."""
+
+    def old_kernel(
+        query: Tensor, key: Tensor, value: Tensor, *borders: object, scale: object,
+        window_size: object,
+    ) -> Tensor:  # fmt: skip
+        return query
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(attention, "varlen_attn", old_kernel)
+    monkeypatch.setattr(attention, "_unusable", lambda model, device: None)
+    reason = str(use_variable_length(model, torch.device("cpu")))
+    assert reason.startswith("packed samples are kept apart by a dense mask: torch's")
+    assert "enable_gqa" in reason
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_family_that_is_not_packed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PACKED_FAMILIES", frozenset())
     reason = use_variable_length(tiny_model("llama"), torch.device("cuda"))

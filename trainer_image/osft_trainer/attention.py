@@ -201,7 +201,8 @@ def _failure_of_kernel(model: PreTrainedModel, device: torch.device) -> str | No
         out = _by_kernel(query, key, value, borders, 1, None, None)
         out.sum().backward()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
-    # Whatever a kernel says about a shape, a type or a GPU it was not built for.
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    # Whatever a kernel says about a shape, a type or a GPU it was not built for, and what Python
+    # says where this torch's kernel is too old for an argument (`enable_gqa` came with 2.12).
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         return f"torch's variable-length attention refuses it ({str(error).splitlines()[0]})"
     return None

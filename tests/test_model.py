@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from osft_trainer import forward
+from osft_trainer.attention import select
 from osft_trainer.forward import loss_tokens, next_token_labels, packed_forward, packed_loss
 from osft_trainer.liger import apply_liger
 from osft_trainer.model import OSFTModel, convert, load_model
+from osft_trainer.packing import collate
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.targets import plan_targets
 from tiny_models import FAMILIES, packed_batch, save_tiny_model, tiny_model
@@ -126,6 +130,37 @@ def test_chunked_loss_equals_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(parts, whole)
     for name, p in model.trainables().items():
         assert torch.allclose(p.grad, wanted[name], rtol=1e-4, atol=1e-5), name
+
+
+class Watching(TorchDispatchMode):
+    """Notes what a device would be waited for to learn its size, before and after the decoder."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        hf.base_model.register_forward_hook(lambda *_: self.waits.append("decoder"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            self.waits.append("nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_device_is_waited_for_behind_the_decoder(known: bool) -> None:
+    samples = [(torch.arange(3, 9), torch.tensor([-100, 4, -100, 6, 7, -100]))] * 2
+    micro = collate(samples)
+    model = tiny_model("llama")
+    select(model)  # a dense mask is made differently
+    told = micro.inputs(torch.device("cpu"))
+    if not known:
+        told.pop("places")
+    with Watching(model) as watching:
+        loss = packed_loss(model, **told)
+    assert watching.waits == (["decoder"] if known else ["nonzero", "decoder"])
+    assert micro.loss_tokens == 6
+    told.pop("places", None)
+    assert torch.equal(packed_loss(model, **told), loss)
 
 
 @pytest.mark.parametrize("parameterization", ["exact", "core", "factored"])

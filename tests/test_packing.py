@@ -248,14 +248,16 @@ def test_collation_of_a_long_pack() -> None:
     assert batch.labels[0].tolist() == labels_list
     assert batch.position_ids[0].tolist() == places
     assert batch.lengths == tuple(lengths.tolist())
-    assert batch.loss_tokens == sum(label != -100 for label in labels_list)
+    counted = [at - 1 for at, label in enumerate(labels_list) if label != -100]
+    assert batch.places.tolist() == counted
+    assert batch.loss_tokens == len(counted)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, samples, strict=True))
 
 
 def test_empty_bin_becomes_a_batch_without_loss() -> None:
     batch = collate([], pad_token_id=9)
     assert batch.is_dummy
-    assert batch.loss_tokens == 0
+    assert batch.loss_tokens == len(batch.places) == 0
     assert batch.input_ids.tolist() == [[9, 9]]
     assert batch.labels.tolist() == [[-100, -100]]
     assert batch.position_ids.tolist() == [[0, 1]]

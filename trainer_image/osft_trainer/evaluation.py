@@ -57,12 +57,7 @@ def mean_loss(
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     with _without_trace(model, world), torch.no_grad():
         for micro in _micro_batches(prepared, max_tokens_per_gpu, world):
-            loss_sum = model(
-                input_ids=micro.input_ids.to(world.device),
-                position_ids=micro.position_ids.to(world.device),
-                labels=micro.labels.to(world.device),
-                lengths=micro.lengths,
-            )
+            loss_sum = model(**micro.inputs(world.device))
             total += loss_sum.double()
     return sum_over_ranks(float(total), world) / loss_tokens
 

@@ -99,22 +99,26 @@ def packed_loss(
     labels: Tensor,
     fused: bool = False,
     lengths: Sequence[int] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Sum over labelled tokens of -log p(next token), a float32 scalar; 0 when none is labelled.
 
     `fused` takes Liger's fused projection and cross entropy (CUDA only); `lengths` of the samples
-    spare a wait for the device, where they are known.
+    and the `places` in the row whose next token is labelled spare waits for the device, where they
+    are known.
     """
     targets = next_token_labels(labels, position_ids)[0]
-    counted = targets != IGNORED
+    if places is None:
+        # Before the decoder: a device is waited for to learn how many there are, and what follows
+        # could not be queued meanwhile.
+        places = (targets != IGNORED).nonzero()[:, 0]
+    targets = targets[places]
     if hf.config.model_type not in PACKED_FAMILIES:
         logits = packed_forward(hf, input_ids, position_ids)[0]
-        return cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        return cross_entropy(logits[places].float(), targets, reduction="sum")
     packed = packed_arguments(hf, position_ids, lengths)
     out = hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
-    # Once: a device is waited for to learn how many there are.
-    places = counted.nonzero()[:, 0]
-    hidden, targets = out.last_hidden_state[0][places], targets[places]
+    hidden = out.last_hidden_state[0][places]
     head = head_of(hf)
     if hidden.shape[0] == 0:
         # Keeps the graph, so that a rank without work takes part in the backward of the others.

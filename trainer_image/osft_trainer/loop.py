@@ -136,7 +136,7 @@ class Loop:
             replay=self.replay,
         )
         left = None if self.total_steps is None else max(0, self.total_steps - position.step)
-        yield from prefetched(found, left)
+        yield from prefetched(_pinned(found, self.world.device), left)
 
     def _step(self, batch: GlobalBatch, position: Position) -> Step:
         begin = time.monotonic()
@@ -154,7 +154,7 @@ class Loop:
         norm = clip_gradients(
             self.state.trainables.values(), self.training.max_grad_norm, self.world
         )
-        # Read only now: a device would have waited, idle, before the projection.
+        # Only here: the norm has waited for the device, and this waits for nothing more.
         loss = sum_over_ranks(float(loss_sum), self.world) / batch.loss_tokens
         _check_finite(loss, norm, position)
         self.state.optimizer.step()
@@ -239,6 +239,19 @@ class Loop:
         return batches_per_epoch(len(self.prepared), self.training.effective_batch_size)
 
 
+def _pinned(found: Iterator[GlobalBatch], device: torch.device) -> Iterator[GlobalBatch]:
+    """The same batches, where the device copies them from while the step before runs."""
+    if device.type != "cuda":
+        return found
+    return (_pinned_on(batch, device) for batch in found)
+
+
+def _pinned_on(batch: GlobalBatch, device: torch.device) -> GlobalBatch:
+    # The thread that reads ahead has device 0 as its own: every rank would take memory there.
+    with torch.cuda.device(device):
+        return batch.pinned()
+
+
 def _after(position: Position, batch: GlobalBatch, done: Step) -> Position:
     return replace(
         position,
@@ -260,12 +273,7 @@ def backward(model: OSFTModel, batch: GlobalBatch, world: World) -> Tensor:
     last = len(batch.micro_batches) - 1
     for number, micro in enumerate(batch.micro_batches):
         set_gradient_sync(model, world, number == last)
-        loss_sum = model(
-            input_ids=micro.input_ids.to(world.device),
-            position_ids=micro.position_ids.to(world.device),
-            labels=micro.labels.to(world.device),
-            lengths=micro.lengths,
-        )
+        loss_sum = model(**micro.inputs(world.device))
         (loss_sum / batch.loss_tokens).backward()
         total += loss_sum.detach().double()
     return total

@@ -52,9 +52,11 @@ class OSFTModel(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         lengths: Sequence[int] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """[1, T] each; returns a float32 scalar, see `forward.packed_loss`."""
-        return packed_loss(self.hf, input_ids, position_ids, labels, self.fused_loss, lengths)
+        fused = self.fused_loss
+        return packed_loss(self.hf, input_ids, position_ids, labels, fused, lengths, places)
 
     def trainables(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by name, in a stable order; DTensors after `parallel.shard`."""

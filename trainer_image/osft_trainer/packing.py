@@ -9,7 +9,8 @@ attention span or predict one sample's first token from another, or drop a sampl
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ IDLE_TOKENS = 2
 Plan = list[list[list[int]]]
 """Rounds of bins of sample positions."""
 
+_TENSORS = ("input_ids", "labels", "position_ids", "places")
+"""What of a micro-batch goes to the device."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -34,16 +38,27 @@ class MicroBatch:
     input_ids, labels and position_ids are int64 [1, T]. position_ids restart at 0 with every
     sample; the model must take the borders of attention from them or from `lengths` (which sum to
     T). labels are unshifted, -100 where there is no loss and at every sample's first token, so
-    that the usual shift by one crosses no border.
+    that the usual shift by one crosses no border. places are the positions in the row whose next
+    token counts, int64 [loss_tokens]: counted here, so that no device is waited for to learn them.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    places: torch.Tensor
     lengths: tuple[int, ...]
     loss_tokens: int
     is_dummy: bool = False
     """No sample was left for this rank: run it for the collectives, it adds nothing."""
+
+    def pinned(self) -> "MicroBatch":
+        """The same in memory that the current CUDA device copies from on its own."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """What a model takes, on this device; from pinned memory nobody waits for the copies."""
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return {**tensors, "lengths": self.lengths}
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,10 @@ class GlobalBatch:
     """Whether it ends the epoch."""
     replayed: int = 0
     """Samples of the old skills' text, beside `samples` of the data; their tokens count, too."""
+
+    def pinned(self) -> "GlobalBatch":
+        """The same, with every micro-batch in pinned memory."""
+        return replace(self, micro_batches=tuple(m.pinned() for m in self.micro_batches))
 
 
 def batches_per_epoch(num_samples: int, effective_batch_size: int) -> int:
@@ -184,20 +203,28 @@ def collate(
     """Lay (input_ids, labels) pairs, both int64 [length], end to end; none gives the stand-in."""
     if not samples:
         idle = torch.full((1, IDLE_TOKENS), pad_token_id, dtype=torch.int64)
-        places = torch.arange(IDLE_TOKENS).unsqueeze(0)
-        no_loss = torch.full_like(idle, NO_LOSS)
-        return MicroBatch(idle, no_loss, places, (IDLE_TOKENS,), 0, is_dummy=True)
+        return MicroBatch(
+            input_ids=idle,
+            labels=torch.full_like(idle, NO_LOSS),
+            position_ids=torch.arange(IDLE_TOKENS).unsqueeze(0),
+            places=torch.zeros(0, dtype=torch.int64),
+            lengths=(IDLE_TOKENS,),
+            loss_tokens=0,
+            is_dummy=True,
+        )
     lengths = tuple(len(ids) for ids, _ in samples)
     labels = torch.cat([labels for _, labels in samples])
     starts = torch.tensor((0, *lengths[:-1])).cumsum(0)
     labels[starts] = NO_LOSS  # torch.cat has copied, the samples stay as they are
+    places = (labels[1:] != NO_LOSS).nonzero()[:, 0]
     positions = torch.arange(len(labels)) - starts.repeat_interleave(torch.tensor(lengths))
     return MicroBatch(
         input_ids=torch.cat([ids for ids, _ in samples]).unsqueeze(0),
         labels=labels.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
+        places=places,
         lengths=lengths,
-        loss_tokens=int((labels != NO_LOSS).sum()),
+        loss_tokens=len(places),
     )
 
 

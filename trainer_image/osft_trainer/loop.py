@@ -15,9 +15,8 @@ import contextlib
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import torch
@@ -38,6 +37,7 @@ from osft_trainer.progress import Reporter
 from osft_trainer.replay import Replay
 from osft_trainer.saving import Saver
 from osft_trainer.schedule import LearningRates
+from osft_trainer.stopwatch import Stopwatch
 from osft_trainer.tracking import Tracker
 from osft_trainer.validation import Validation
 
@@ -52,6 +52,7 @@ class Step:
     grad_norm: float
     learning_rate: float
     seconds: float
+    """Since the step before, without validation, leak measurement, saving and export."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Loop:
     leaks: LeakWatch
     replay: Replay | None
     """Text of the old skills that is learned again."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def run(self, position: Position) -> tuple[Position, bool]:
         """Train from a position to the end of the run, or until a stop is asked for.
@@ -88,15 +90,19 @@ class Loop:
             NoLossTokens: a batch has nothing to learn from.
             OSError, Superseded: a state could not be saved.
         """
+        self.stopwatch.lap()
         try:
             for batch in self._batches(position):
                 if self._between_steps(position):
                     self._finish_saving(position)
                     return position, True
                 done = self._step(batch, position)
-                position = self._validated(batch, _after(position, batch, done))
-                self._record(batch, position, done, self.leaks.measure(position.step))
-                self._after_step(batch, position)
+                with self.stopwatch.standing():
+                    position = self._validated(batch, _after(position, batch, done))
+                    leak = self.leaks.measure(position.step)
+                self._record(batch, position, done, leak)
+                with self.stopwatch.standing():
+                    self._after_step(batch, position)
         except (Diverged, NoLossTokens):
             # Every rank is here, and the state in flight is a good one: of a step before.
             with contextlib.suppress(OSError):
@@ -120,7 +126,8 @@ class Loop:
             return True
         self.saver.advance(writing, failed)
         if is_due:
-            self._begin_saving(position)
+            with self.stopwatch.standing():
+                self._begin_saving(position)
         return False
 
     def _batches(self, position: Position) -> Iterator[GlobalBatch]:
@@ -139,7 +146,6 @@ class Loop:
         yield from prefetched(_pinned(found, self.world.device), left)
 
     def _step(self, batch: GlobalBatch, position: Position) -> Step:
-        begin = time.monotonic()
         if batch.loss_tokens == 0:
             raise NoLossTokens(
                 f"data_path: step {position.step + 1} (epoch {batch.epoch + 1}, batch "
@@ -160,7 +166,7 @@ class Loop:
         self.state.optimizer.step()
         self.model.finish_step()
         self.state.optimizer.zero_grad(set_to_none=True)
-        return Step(loss, norm, rate, time.monotonic() - begin)
+        return Step(loss, norm, rate, self.stopwatch.lap())
 
     def _record(
         self, batch: GlobalBatch, position: Position, done: Step, leak: Leak | None

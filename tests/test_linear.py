@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.projection import project_gradients, project_values, refresh
@@ -164,6 +168,51 @@ def test_leak_sees_a_value_that_was_not_projected(shape: str) -> None:
     assert subspace.leak() > 0.1
     project_values([subspace])
     assert subspace.leak() < 1e-12
+
+
+class Widest(TorchDispatchMode):
+    """The size of the largest float64 tensor that comes into being."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float64:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("exported", [None, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 6, 6), (4, 9, 5), (4, 5, 9)])
+@pytest.mark.parametrize("parameterization", ["exact", "core", "factored"])
+def test_the_leak_of_experts_is_measured_one_matrix_at_a_time(
+    parameterization: str, shape: tuple[int, ...], exported: torch.dtype | None
+) -> None:
+    subspace = _subspace(parameterization, shape, dtype=torch.float32)
+    with torch.no_grad():
+        for factor in _factors(subspace):
+            factor.normal_()  # leaks: nothing projects it
+    refresh([subspace])
+    if exported is None:
+        delta = _effective_by_autograd(exact := copy.deepcopy(subspace).double()) - exact.base
+    else:
+        delta = subspace.dense().to(exported).double() - subspace.base.double()
+    rows = _kept_part_of_all(subspace.kept_rows, subspace.free_rows, delta)
+    flipped = [None if p is None else p.mT for p in (subspace.kept_cols, subspace.free_cols)]
+    cols = _kept_part_of_all(*flipped, delta.mT)
+    expected = float((torch.maximum(rows.norm(), cols.norm()) / delta.norm()).detach())
+    with Widest() as widest:
+        found = subspace.leak(exported)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert 0 < widest.numbers <= shape[1] * shape[2]
+
+
+def _kept_part_of_all(kept: Tensor | None, free: Tensor | None, delta: Tensor) -> Tensor:
+    """Of all experts at once, as `SubspaceWeight.leak` defines it."""
+    if kept is not None:
+        return kept.double().mT @ delta
+    assert free is not None
+    return delta - free.double() @ (free.double().mT @ delta)
 
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])

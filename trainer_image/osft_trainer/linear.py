@@ -162,16 +162,51 @@ class SubspaceWeight(nn.Module):
         part of dW is dW - U_0 U_0^T dW, which is as long as U_h^T dW. A split by the inputs keeps
         directions on one side only. Collective when sharded.
         """
-        if exported is None:
-            delta = self._whole_delta(torch.float64)
-        else:
-            delta = self.dense().to(exported).double() - full(self.base).double()
-        rows = _kept_part(self.kept_rows, self.free_rows, delta)
-        # The other side is the same of the transposed.
-        cols = _kept_part(_transposed(self.kept_cols), _transposed(self.free_cols), delta.mT)
+        near, far = self._near_parts(), self.far_parts()
+        parts = full_all([*near, *far])
+        bases = [None if part is None else full(part) for part in self._bases()]
+        base = None if exported is None else full(self.base)
+        # One matrix at a time: the experts of a layer together are gigabytes in float64.
+        squares = torch.zeros(3, dtype=torch.float64, device=parts[0].device)
+        for number in range(self.base.shape[0] if self.batched else 1):
+            mine = [self._matrix(part, number) for part in parts]
+            delta = self._update_of(
+                mine[: len(near)],
+                mine[len(near) :],
+                None if base is None else self._matrix(base, number),
+                exported,
+            )
+            kept_rows, free_rows, kept_cols, free_cols = (
+                None if part is None else self._matrix(part, number) for part in bases
+            )
+            # The other side is the same of the transposed.
+            cols = _kept_part(_transposed(kept_cols), _transposed(free_cols), delta.mT)
+            sides = (_kept_part(kept_rows, free_rows, delta), cols)
+            squares += torch.stack([side.norm() for side in (*sides, delta)]).square()
         # Divided at the end: the bases are gathered by all ranks or by none.
-        total = float(delta.norm())
-        return float(torch.maximum(rows.norm(), cols.norm())) / total if total else 0.0
+        on_rows, on_cols, total = squares.sqrt().tolist()
+        return float(max(on_rows, on_cols) / total) if total else 0.0
+
+    def _bases(self) -> tuple[Tensor | None, ...]:
+        """Of the rows, then of the columns: the kept directions, the free ones."""
+        return self.kept_rows, self.free_rows, self.kept_cols, self.free_cols
+
+    def _matrix(self, part: Tensor, number: int) -> Tensor:
+        """What a part holds of one expert; all of it where there are none."""
+        return part[number] if self.batched else part
+
+    def _update_of(
+        self,
+        near: Sequence[Tensor],
+        far: Sequence[Tensor],
+        base: Tensor | None,
+        exported: torch.dtype | None,
+    ) -> Tensor:
+        """The update of one matrix in float64, as trained or as `exported` holds it."""
+        if exported is None:
+            return self._delta([p.double() for p in near], [p.double() for p in far])
+        assert base is not None
+        return (base + self._delta(near, far)).to(exported).double() - base.double()
 
     def _near_parts(self) -> list[Tensor]:
         """What multiplies from the left in dW: every row of dW needs the same row of it."""
@@ -179,10 +214,10 @@ class SubspaceWeight(nn.Module):
             return [self.left, _present(self.free_rows)]
         return [self.factor if self.free_rows is None else self.free_rows]
 
-    def _whole_delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All of dW, in the trainables' dtype unless given. Collective when sharded."""
+    def _whole_delta(self) -> Tensor:
+        """All of dW, in the trainables' dtype. Collective when sharded."""
         near, far = self._near_parts(), self.far_parts()
-        whole = [part.to(dtype or part.dtype) for part in full_all([*near, *far])]
+        whole = full_all([*near, *far])
         return self._delta(whole[: len(near)], whole[len(near) :])
 
     def _delta(self, near: Sequence[Tensor], far: Sequence[Tensor]) -> Tensor:
@@ -242,16 +277,16 @@ def _form(weight: Tensor, split: Split, rank: int, parameterization: str) -> str
 
 
 def _transposed(part: Tensor | None) -> Tensor | None:
-    return None if part is None else full(part).mT
+    return None if part is None else part.mT
 
 
 def _kept_part(kept: Tensor | None, free: Tensor | None, delta: Tensor) -> Tensor:
     """What an update has in the kept directions of its rows; nothing where no basis is there."""
     if kept is not None:
-        return full(kept).double().mT @ delta
+        return kept.double().mT @ delta
     if free is None:
         return delta.new_zeros(())
-    basis = full(free).double()
+    basis = free.double()
     return delta - basis @ (basis.mT @ delta)
 
 

@@ -197,7 +197,10 @@ def test_half_removed_states_do_not_count(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (new_state(decomposition="e"), "another decomposition"),
+        (
+            new_state(decomposition="e"),
+            r"another decomposition .*retention_data_path.*compute_dtype",
+        ),
         (State({"wide": nn.Parameter(torch.ones(3, 4))}, new_state().optimizer, "d"), "tall"),
     ],
 )

@@ -161,8 +161,11 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {path} belongs to another decomposition "
                 f"({saved['decomposition']}, here {state.decomposition}): the base model, "
-                "unfreeze_rank_ratio, parameterization or target_patterns have changed; set them "
-                "back, or give the run another ckpt_output_dir or run_id"
+                "unfreeze_rank_ratio, parameterization, target_patterns, split_by, "
+                "rank_allocation, the retention text (retention_data_path, retention_tokens) or "
+                "the type of the weights (compute_dtype: auto is bfloat16 on a GPU, float32 on a "
+                "CPU) is not what it was; set it back, or give the run another ckpt_output_dir or "
+                "run_id"
             )
         found = [open_shard(path, rank) for rank in range(saved["worldSize"])]
         shards = [shard for shard in found if shard is not None]

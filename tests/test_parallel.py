@@ -35,6 +35,7 @@ CASES = [
     ("llama", "factored", "frozen"),
     ("gpt2", "exact", "all"),
     ("mixtral", "exact", "frozen"),
+    ("llama", "dense", "all"),  # nothing is frozen
 ]
 SIZES: dict[str, dict[str, object]] = {
     "llama": {"hidden_size": 40, "intermediate_size": 51, "num_hidden_layers": 1},

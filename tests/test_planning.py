@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from osft_trainer.parallel import shard, start_world, stop_world
 from osft_trainer.plan_report import Report
 from osft_trainer.planning import energy_kept, make_report
 from osft_trainer.report import RunFolder
+from osft_trainer.shards import HostCopy
 from osft_trainer.targets import plan_targets
 from tiny_models import save_tiny_model
 
@@ -63,6 +65,7 @@ def held_bytes(base: Path, training: TrainingParameters) -> dict[str, int]:
         "factors": size(list(trainables.values())),
         "gradients": size([p.grad for p in trainables.values()]),
         "adam": size(state),
+        "saving": size(list(HostCopy().take(trainables, optimizer).tensors.values())),
     }
     stop_world(world)
     return found
@@ -85,6 +88,7 @@ def planned_bytes(base: Path, training: TrainingParameters, processes: int) -> d
         "factors": memory.factors,
         "gradients": memory.gradients,
         "adam": memory.adam,
+        "saving": memory.saving,
     }
 
 
@@ -217,16 +221,28 @@ def test_retention_text_is_checked_and_adaptive_ranks_said(base: Path, tmp_path:
 def test_too_little_memory_is_refused_and_doubtful_is_said(base: Path, tmp_path: Path) -> None:
     report = report_of(base, tmp_path)
     gib = 2**30
-    assert report.memory.startup < report.memory.static < report.memory.total
-    refused = report.refusal(report.memory.static * 0.99 / gib)
+    memory = report.memory
+    assert memory.startup < memory.static < memory.total < report.total
+    assert report.total == memory.total + memory.saving
+    assert json.loads(report.to_json())["memory_per_rank"]["total"] == report.total
+    certain = memory.static + memory.saving
+    refused = report.refusal(certain * 0.99 / gib)
     assert refused is not None
     assert "--memory-gib" in refused
     assert "more processes" in refused
-    assert report.refusal(report.memory.static * 1.01 / gib) is None
-    doubtful = report.warning(report.memory.total * 0.99 / gib)
+    assert "with the copy of a save" in refused
+    assert report.refusal(certain * 1.01 / gib) is None
+    doubtful = report.warning(report.total * 0.99 / gib)
     assert doubtful is not None
     assert "maxTokensPerGpu" in doubtful
-    assert report.warning(report.memory.total * 1.01 / gib) is None
+    assert report.warning(report.total * 1.01 / gib) is None
+    # A GPU has the copy beside it, in the pod's memory.
+    on_gpu = replace(report, device="cuda")
+    assert on_gpu.total == memory.total
+    assert on_gpu.refusal(memory.static * 1.01 / gib) is None
+    need = max(memory.startup, memory.saving)
+    assert on_gpu.host_refusal(need / gib) is None
+    assert on_gpu.host_refusal((need - 1) / gib) is not None
 
 
 def test_loading_needs_the_whole_model_on_the_cpu(base: Path, tmp_path: Path) -> None:
@@ -239,8 +255,8 @@ def test_loading_needs_the_whole_model_on_the_cpu(base: Path, tmp_path: Path) ->
 
 def test_mapped_bases_do_not_count_against_a_pods_limit(base: Path, tmp_path: Path) -> None:
     memory = report_of(base, tmp_path).memory
-    lasting = memory.static - memory.bases
-    assert memory.startup < lasting < memory.static
+    lasting = memory.static - memory.bases + memory.saving
+    assert memory.startup < lasting < memory.static + memory.saving
     assert report_of(base, tmp_path).host_refusal(lasting / 2**30) is None
     refused = report_of(base, tmp_path).host_refusal((lasting - 1) / 2**30)
     assert refused is not None

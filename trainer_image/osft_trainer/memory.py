@@ -53,6 +53,9 @@ class Memory:
     startup: int
     """Host memory of one rank while it loads: the whole model and the effective weights, not yet
     shared out. The bases are mapped from their files, for all ranks of a node together."""
+    saving: int
+    """Host memory of one rank from the first save on: its copy of what is trained and both moments,
+    into which every state is taken; pinned on CUDA."""
     gathered: int
     """Estimate: parameters of two blocks and of the rest as FSDP gathers them, and the product that
     the largest target's update needs."""
@@ -67,7 +70,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """With the estimates."""
+        """Of a step, with the estimates; the copy of a save is beside it."""
         return self.static + self.gathered + self.activations
 
     def to_json(self) -> dict[str, int]:
@@ -136,6 +139,7 @@ def memory_of(
         gradients=(trained_whole if whole_gradients else trained) * GRADIENT_BYTES,
         adam=trained * ADAM_BYTES,
         startup=startup,
+        saving=trained * (4 + ADAM_BYTES),
         gathered=_gathered(model, processes),
         activations=_activations(model.hf, tokens, activation_checkpointing, selective),
     )

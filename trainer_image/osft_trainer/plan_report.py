@@ -18,6 +18,7 @@ from osft_trainer.targets import Plan, Target
 GIB = 2**30
 
 _LOADING = "the model while it loads"
+_WITH_COPY = "with the copy of a save,"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Report:
     adaptive: bool
     """The run will shift ranks between blocks; here every block has the mean."""
 
+    @property
+    def total(self) -> int:
+        """What a process needs where it computes, by estimate: on CPU with the copy of a save."""
+        return self.memory.total + (self.memory.saving if self.device == "cpu" else 0)
+
     def to_json(self) -> str:
         """One JSON object, sizes in bytes."""
         targets = [
@@ -54,7 +60,7 @@ class Report:
             **self.plan.to_json(),
             "targets": targets,
             "trainable_share": self.plan.trainable / self.plan.total,
-            "memory_per_rank": self.memory.to_json(),
+            "memory_per_rank": {**self.memory.to_json(), "total": self.total},
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
             "passes_per_step": self.passes_per_step,
@@ -77,6 +83,10 @@ class Report:
         needed = {"what lies there all the time": self.memory.static}
         if self.device == "cpu":
             needed[_LOADING] = self.memory.startup
+            # Every run saves: at its end, if not before.
+            needed[f"what lies there all the time, {_WITH_COPY}"] = (
+                self.memory.static + self.memory.saving
+            )
         found = _too_much(needed, memory_gib)
         if found is None:
             return None
@@ -90,10 +100,10 @@ class Report:
 
         On CPU the bases do not count: they are mapped, and the kernel may drop their pages.
         """
-        needed = {_LOADING: self.memory.startup}
+        needed = {_LOADING: self.memory.startup, "the copy of a save": self.memory.saving}
         if self.device == "cpu":
-            lasting = self.memory.static - self.memory.bases
-            needed["what lies there all the time, without the bases,"] = lasting
+            lasting = self.memory.static - self.memory.bases + self.memory.saving
+            needed[f"what lies there all the time, without the bases, {_WITH_COPY}"] = lasting
         found = _too_much(needed, memory_gib)
         if found is None:
             return None
@@ -105,11 +115,11 @@ class Report:
 
     def warning(self, memory_gib: float) -> str | None:
         """Why the run may not fit; None if the estimate says that it does."""
-        if self.memory.total <= memory_gib * GIB:
+        if self.total <= memory_gib * GIB:
             return None
         return (
             f"{memory_gib:g} GiB a process may be too little: by estimate "
-            f"{size_words(self.memory.total)} are needed. Lower maxTokensPerGpu, or set "
+            f"{size_words(self.total)} are needed. Lower maxTokensPerGpu, or set "
             "activationCheckpointing"
         )
 
@@ -141,6 +151,7 @@ class Report:
 
     def _memory_lines(self) -> Iterator[str]:
         memory = self.memory
+        together = "together, with that copy" if self.device == "cpu" else "together, on the GPU"
         yield (
             f"memory of each of {self.processes} processes ({self.device}, {self.compute_dtype}; "
             f"at most {self.passes_per_step} passes a step)"
@@ -156,8 +167,9 @@ class Report:
             ("static, all of the above", memory.static),
             ("gathered for a moment (estimate)", memory.gathered),
             ("activations (estimate)", memory.activations),
-            ("together (estimate)", memory.total),
             ("host memory while loading", memory.startup),
+            ("host memory of a save's copy", memory.saving),
+            (f"{together} (estimate)", self.total),
         ):
             yield f"  {title:<36}{size_words(size):>12}"
 

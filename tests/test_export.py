@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+import tiny
 from osft_trainer import durable, export
 from osft_trainer.durable import work_folder
 from osft_trainer.export import base_digest, base_dtype, export_hf
 from osft_trainer.model import OSFTModel, convert, load_model
-from osft_trainer.parallel import World
+from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.report import RunFolder
 from osft_trainer.targets import plan_targets
-from tiny_models import FAMILIES, packed_batch, save_tiny_model
+from tiny_models import FAMILIES, packed_batch, save_tiny_model, tiny_model
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -68,6 +71,77 @@ def test_nothing_trained_gives_the_base_bit_for_bit(tmp_path: Path) -> None:
     export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
     old, new = _weights(base), _weights(tmp_path / "out")
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_loading_has_rounded_comes_back_bit_for_bit(
+    family: str, held: torch.dtype, tmp_path: Path
+) -> None:
+    """As on CUDA, where compute_dtype auto is bfloat16."""
+    base = tmp_path / "base"
+    tiny_model(family).to(held).save_pretrained(base)
+    model = load_model(base, torch.bfloat16)
+    export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    assert new.keys() == old.keys()
+    for name, tensor in old.items():
+        assert new[name].dtype == held
+        assert torch.equal(new[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("parameterization", ["exact", "factored"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma"])
+def test_an_update_is_added_to_the_base_as_its_files_hold_it(
+    family: str, parameterization: str, tmp_path: Path
+) -> None:
+    base = save_tiny_model(tmp_path / "base", family)
+    model = _trained(
+        base, torch.bfloat16, parameterization=parameterization, other_parameters="norms"
+    )
+    export_hf(model, base, tmp_path / "out", ALONE)
+    # By the same model, held in float32: there every weight is W + dW.
+    whole = load_model(base, torch.float32)
+    wanted = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    for target, (_, subspace) in zip(model.plan.targets, model.subspaces(), strict=True):
+        wanted[target.parameter] += subspace.update()
+    for name, trained in model.trainables().items():
+        if name.endswith("_trained.value"):
+            wanted[name.removesuffix("_trained.value")] = trained.detach()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+def _export_sharded(base: Path, out: Path) -> None:
+    world = start_world("cpu", timeout=timedelta(seconds=60))
+    model = load_model(base, torch.bfloat16)
+    osft = convert(model, plan_targets(model, 0.3))
+    shard(osft, world)
+    export_hf(osft, base, out, world)
+    stop_world(world)
+
+
+def test_two_ranks_export_an_exact_base_together(tmp_path: Path) -> None:
+    base, out = save_tiny_model(tmp_path / "base", "mixtral"), tmp_path / "out"
+    assert tiny.finish(tiny.start_ranks(_export_sharded, 2, [(base, out)] * 2)) == [0, 0]
+    old, new = _weights(base), _weights(out)
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+
+
+def test_weights_under_other_names_are_exported_as_they_were_rounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of the decoder alone, which transformers finds all the same."""
+    base = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    model = load_model(base, torch.bfloat16)
+    osft = convert(model, plan_targets(model, 0.3))
+    bare = {n.removeprefix("model."): t for n, t in _weights(base).items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    export_hf(osft, base, tmp_path / "out", ALONE)
+    assert "exported as compute_dtype has rounded them" in caplog.text
+    for name, tensor in _weights(tmp_path / "out").items():
+        assert torch.equal(tensor, bare[name.removeprefix("model.")].bfloat16().float()), name
 
 
 def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Writing a plain HF folder from a converted model.
 
-What lives here: dense weights under their original names, streamed into safetensors shards, the
-files of the base folder that belong to them, and `osft.json`. Called by `outputs` and
-`export_checkpoint`. Must never: leave a half-written folder under the final name.
+What lives here: dense weights (`dense`), streamed into safetensors shards, the files of the base
+folder that belong to them, and `osft.json`. Called by `outputs` and `export_checkpoint`. Must
+never: leave a half-written folder under the final name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from osft_trainer.agreement import from_first_rank
+from osft_trainer.dense import dense_weights
 from osft_trainer.durable import complete, put_in_place, told, work_folder
-from osft_trainer.exchange import full
-from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
-from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
 from osft_trainer.report import finite
-from osft_trainer.targets import decoder_blocks
 
 OSFT_FILE = "osft.json"
 
@@ -78,11 +74,11 @@ def export_hf(
     writer = _ShardWriter(work, max_shard_bytes) if world.rank == 0 else None
     failure: OSError | None = None
     # Every rank gathers even after a failure of rank 0: it must not leave the others waiting.
-    for name, tensor in dense_weights(model, dtype, keep=world.rank == 0):
+    for name, make in dense_weights(model, dtype, base, world):
         if writer is not None and failure is None:
             try:
                 with _as_os_error(out):
-                    writer.add(name, tensor)
+                    writer.add(name, make())
             except OSError as error:
                 failure = error
 
@@ -110,35 +106,14 @@ def export_hf(
 
 @contextmanager
 def _as_os_error(out: Path) -> Iterator[None]:
-    """Failures of writing, by the name of the folder; safetensors raises an error of its own."""
+    """Failures of writing, or of reading the base for it, by the name of the folder to be written.
+
+    Safetensors raises an error of its own.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: {told(error)}") from error
-
-
-def dense_weights(
-    model: OSFTModel, dtype: torch.dtype, keep: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield original names and CPU tensors in `dtype`, one decoder block at a time.
-
-    Names and layouts are those of the base checkpoint on disk, also where transformers converts
-    while loading (experts). Collective when sharded; ranks with `keep` false only take part.
-    """
-    prefix, _ = decoder_blocks(model.hf)
-    group: dict[str, Tensor] = {}
-    group_key = ""
-    for name, tensor in _whole_tensors(model):
-        key = _group_of(name, prefix)
-        if key != group_key and group:
-            yield from revert_weight_conversion(model.hf, group).items()
-            group = {}
-        group_key = key
-        if keep:
-            wanted = dtype if tensor.is_floating_point() else tensor.dtype
-            group[name] = tensor.detach().to("cpu", wanted)
-    if group:
-        yield from revert_weight_conversion(model.hf, group).items()
 
 
 def base_dtype(model_path: Path) -> torch.dtype:
@@ -215,41 +190,6 @@ class _ShardWriter:
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
-
-
-def _whole_tensors(model: OSFTModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model before conversion, tied ones once."""
-    seen: set[int] = set()
-    for path, module in model.hf.named_modules():
-        if isinstance(module, SubspaceWeight):
-            yield _original_name(path), module.dense()
-            continue
-        if isinstance(module, MasterParameter):
-            yield _original_name(path), full(module.value)
-            continue
-        own = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
-        for name, tensor in own:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{path}.{name}" if path else name, full(tensor)
-
-
-def _original_name(path: str) -> str:
-    if path.endswith(TRAINED_SUFFIX):
-        return path.removesuffix(TRAINED_SUFFIX)
-    return path.removesuffix(".subspace") + ".weight"
-
-
-def _persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    hidden = module._non_persistent_buffers_set
-    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
-
-
-def _group_of(name: str, prefix: str) -> str:
-    """The decoder block a name belongs to, as `<prefix>.<number>`; else the empty string."""
-    if not name.startswith(f"{prefix}."):
-        return ""
-    return f"{prefix}.{name.removeprefix(f'{prefix}.').split('.')[0]}"
 
 
 def _description(model: OSFTModel, dtype: torch.dtype) -> dict[str, object]:

@@ -149,7 +149,14 @@ class SubspaceWeight(nn.Module):
     @torch.no_grad()
     def dense(self) -> Tensor:
         """W + dW with all rows, in the trainables' dtype. Collective when sharded."""
-        return full(self.base) + self._whole_delta()
+        return full(self.base) + self.update()
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """The update dW with all rows, in the trainables' dtype. Collective when sharded."""
+        near, far = self._near_parts(), self.far_parts()
+        whole = full_all([*near, *far])
+        return self._delta(whole[: len(near)], whole[len(near) :])
 
     @torch.no_grad()
     def leak(self, exported: torch.dtype | None = None) -> float:
@@ -213,12 +220,6 @@ class SubspaceWeight(nn.Module):
         if self.form == "factored":
             return [self.left, _present(self.free_rows)]
         return [self.factor if self.free_rows is None else self.free_rows]
-
-    def _whole_delta(self) -> Tensor:
-        """All of dW, in the trainables' dtype. Collective when sharded."""
-        near, far = self._near_parts(), self.far_parts()
-        whole = full_all([*near, *far])
-        return self._delta(whole[: len(near)], whole[len(near) :])
 
     def _delta(self, near: Sequence[Tensor], far: Sequence[Tensor]) -> Tensor:
         """The rows (experts) of dW whose `near` is given."""

@@ -1,7 +1,10 @@
 """Files and their rows: one content in every kind, faults by file and place, bounded memory."""
 
+import errno
 import json
+import os
 import re
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +50,9 @@ def write_arrow_stream(path: Path, rows: list[dict[str, Any]]) -> None:
     with ipc.new_stream(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=70)
 
+
+BEYOND = "7" * 5000
+"""A whole number of more digits than Python turns into a number."""
 
 KINDS: list[tuple[str, Callable[[Path, list[dict[str, Any]]], None], str]] = [
     ("d.jsonl", write_jsonl, "d.jsonl, line 3"),
@@ -120,6 +126,7 @@ def test_an_array_is_read_in_pieces_of_any_length(
         ("[1]\n\n2", r"line 3 \(after element 1\): .*more text behind the array"),
         ("[", r"line 1 \(its beginning\): not JSON, the rest of the file cannot be read"),
         ("[" * 100_000, r"line 1 \(its beginning\): .*not JSON"),
+        (f"[1,\n{BEYOND}, 3]", r"line 2 \(after element 1\): .*Exceeds the limit .* 5000 digits$"),
     ],
 )
 @pytest.mark.parametrize("mode", ["error", "skip"])
@@ -138,6 +145,59 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no table at all")
         with pytest.raises(ValueError, match=f"data_path: {name} cannot be read: "):
             list(read_rows([tmp_path / name], Faults()))
+
+
+def flipped(path: Path, where: slice) -> None:
+    """Turn every bit of some bytes, as a bad disk or a broken copy may."""
+    content = bytearray(path.read_bytes())
+    content[where] = bytes(byte ^ 0xFF for byte in content[where])
+    path.write_bytes(content)
+
+
+def footer(path: Path) -> slice:
+    """Where Parquet says what is in the file; its length stands before the last four bytes."""
+    length = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    return slice(-8 - length, -8 - length + 30)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "header of a Parquet page": ("d.parquet", lambda path: flipped(path, slice(4, 24))),
+    "page of Parquet": ("d.parquet", lambda path: flipped(path, slice(60, 120))),
+    "footer of Parquet": ("d.parquet", lambda path: flipped(path, footer(path))),
+    "end of a file of Arrow": ("d.arrow", lambda path: os.truncate(path, 3000)),
+    "end of a stream of Arrow": ("stream.arrow", lambda path: os.truncate(path, 3000)),
+    "lengths in Arrow": ("stream.arrow", lambda path: flipped(path, slice(1700, 1800))),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_a_table_that_is_damaged_within_is_named(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    write = next(write for kind, write, _ in KINDS if kind == name)
+    write(tmp_path / name, ROWS)
+    damage(tmp_path / name)
+    with pytest.raises(ValueError, match=f"data_path: {re.escape(name)} cannot be read: .*again"):
+        list(read_rows([tmp_path / name], Faults()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_disk_that_fails_is_no_damaged_table(tmp_path: Path) -> None:
+    """It may pass, so it must not be taken for bad input."""
+    (tmp_path / "d.arrow").symlink_to("/proc/self/mem")  # whose first bytes nobody can read
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        list(read_rows([tmp_path / "d.arrow"], Faults()))
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(FileNotFoundError):
+        list(read_rows([tmp_path / "gone.parquet"], Faults()))
+
+
+def test_a_number_beyond_the_parser_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(f"1\n{BEYOND}\n")
+    faults = Faults()
+    assert [row.value for row in read_rows([tmp_path / "d.jsonl"], faults)] == [1]
+    (fault,) = faults.found
+    assert re.search(r"d\.jsonl, line 2: not JSON .*Exceeds the limit .* 5000 digits$", fault)
 
 
 def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

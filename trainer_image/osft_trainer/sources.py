@@ -133,8 +133,16 @@ def _parse(line: bytes) -> Any:
         raise ValueError(f"not UTF-8 text (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read: it is nested too deeply") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"not JSON that can be read: {_beyond(error)}") from error
+
+
+def _beyond(error: RecursionError | ValueError) -> str:
+    """Which bound of the parser the text goes beyond."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # Python's words go on with a setting of the interpreter, which nobody has here.
+    return str(error).partition(";")[0]
 
 
 def _json(file: Path, faults: Faults) -> Iterator[Row]:
@@ -150,8 +158,8 @@ def _json(file: Path, faults: Faults) -> Iterator[Row]:
             for number, value in enumerate(array, start=1):
                 faults.rows += 1
                 yield Row(f"{file.name}, line {array.line} (element {number})", value)
-        except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-            what = str(error)
+        except (ValueError, RecursionError) as error:
+            what = _beyond(error)
             if isinstance(error, json.JSONDecodeError):
                 what = error.msg
                 array.count_lines(error.pos)
@@ -269,6 +277,8 @@ def _arrow(file: Path, faults: Faults) -> Iterator[Row]:
 def _rows_of_batches(file: Path, batches: Iterator[Any], faults: Faults) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        # Damaged offsets and texts would end the process, or come as errors that name no file.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for value in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                 number += 1
@@ -296,13 +306,21 @@ def _readable(file: Path) -> Iterator[None]:
 
     Raises:
         ValueError: the file is not of the kind that its name says, or is damaged.
+        OSError: the file cannot be read now.
     """
     import pyarrow
 
     try:
         yield
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"data_path: {file.name} cannot be read: {error}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # A failure of the disk has a number, and may pass; without one, the content is damaged.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        words = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"data_path: {file.name} cannot be read: {words}; it is damaged or of another kind: "
+            "make or copy it again"
+        ) from error
 
 
 def _pyarrow(file: Path, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Preparing conversations: what is trained of them, their order, and those that are too long."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_what_the_template_leaves_out_is_said_once(
     prepare_default(write(tmp_path / "d.jsonl", *[{**thinking, "tools": tools}] * 9), tmp_path)
     assert caplog.text.count("does not write the assistant's thoughts") == 1
     assert caplog.text.count("does not write the tools") == 1
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", "null", "[]", None, []])
+def test_a_blank_string_of_calls_or_tools_is_none(tmp_path: Path, nothing: Any) -> None:
+    """So has a column of text the rows without any; templates ask whether the key is there."""
+    template = (
+        "{% if tools %}TOOLS{% endif %}{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}"
+        "{% if m.tool_calls is defined %}CALLS{% endif %}<e>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    messages = [{**message, "tool_calls": nothing} for message in row()["messages"]]
+    data = prepare(
+        write(tmp_path / "d.jsonl", {"messages": messages, "tools": nothing}),
+        make_tokenizer(template),
+        max_seq_len=100,
+        on_overlong="error",
+        cache_root=tmp_path,
+    )
+    assert make_tokenizer().decode(data.sample(0)[0]) == "<u>hi<e><a>yes<e>"
 
 
 def test_mark_of_windows_editors_is_no_fault(tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ class Conversation:
 def conversation(row: Any) -> Conversation:
     """Check a row.
 
-    `messages` and `tools` may be JSON in a string, as tables carry them. Keys of a message whose
-    value is null or empty are left out: templates ask whether a key is there.
+    `messages`, `tools` and `tool_calls` may be JSON in a string, as tables carry them; a blank one
+    of the last two is what a column of text holds for none. Keys of a message whose value is null
+    or empty are left out: templates ask whether a key is there.
 
     Raises:
         ValueError: it holds no conversation to learn from; says why.
@@ -55,7 +56,7 @@ def conversation(row: Any) -> Conversation:
         raise ValueError("has only system turns, so there is nothing to learn")
     if not unmask and "assistant" not in roles:
         raise ValueError("has no assistant turn, so there is nothing to learn")
-    return Conversation(checked, _tools(_parsed(row.get("tools"), "tools")), unmask)
+    return Conversation(checked, _tools(_optional(row.get("tools"), "tools")), unmask)
 
 
 def _message(message: Any, name: str) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise ValueError(f"{name}: 'content' must be a string, is {kind_of(content)}")
     others = {key: value for key, value in message.items() if value not in (None, "", [])}
+    others.pop("tool_calls", None)  # a blank string of none is no value of its own
     checked = {**others, "role": role, "content": content}
     if calls:
         checked["tool_calls"] = calls
@@ -88,7 +90,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
 
 
 def _calls(calls: Any, role: str, name: str) -> list[dict[str, Any]] | None:
-    calls = _parsed(calls, "tool_calls")
+    calls = _optional(calls, "tool_calls")
     if calls is None or calls == []:
         return None
     if role != "assistant":
@@ -122,6 +124,11 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if not all(isinstance(tool, dict) for tool in parsed):
         raise ValueError("'tools' must be a list of objects")
     return parsed
+
+
+def _optional(value: Any, key: str) -> Any:
+    """As `_parsed`; None for a blank string."""
+    return None if isinstance(value, str) and not value.strip() else _parsed(value, key)
 
 
 def _parsed(value: Any, key: str) -> Any:

@@ -1,11 +1,14 @@
 """What is wrong with data is named by file, line and reason, or skipped and counted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_rows import SOUND, TEMPLATE, make_tokenizer, prepare_default, row, trained_text, write
+from osft_trainer import faults
 from osft_trainer.data import prepare
+from osft_trainer.prepared import PreparedWriter
 
 FAULTS = {
     "not JSON": ("{'messages': []}", "not JSON"),
@@ -109,6 +112,32 @@ def test_five_faults_are_told_and_reading_stops(tmp_path: Path) -> None:
     assert [f"line {n}:" in str(caught.value) for n in range(1, 9)] == [False] + [True] * 5 + [
         False
     ] * 2
+
+
+def test_one_fault_is_told_before_all_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows are read on, to name a second one; nothing more is written."""
+    written = 0
+    append = PreparedWriter.append
+
+    def counted(writer: PreparedWriter, *sample: Any) -> int:
+        nonlocal written
+        written += 1
+        return append(writer, *sample)
+
+    monkeypatch.setattr(faults, "ROWS_AFTER_THE_FIRST", 200)
+    monkeypatch.setattr(PreparedWriter, "append", counted)
+    rows = [row()] * 64 + ["no"] + [row()] * 99 + ["no"] + [row()] * 100
+    near = write(tmp_path / "near.jsonl", *rows, row(), *["no"] * 9)
+    with pytest.raises(
+        ValueError, match=r"2 problems in the data \(reading stopped 200 rows behind the first\):"
+    ) as caught:
+        prepare_default(near, tmp_path / "cache")
+    assert [f"line {n}:" in str(caught.value) for n in (65, 165, 267)] == [True, True, False]
+    assert written == 64
+    with pytest.raises(ValueError, match=r"2 problems in the data:\n"):
+        prepare_default(write(tmp_path / "short.jsonl", *rows), tmp_path / "cache")
 
 
 def test_refusal_of_the_template_names_the_line(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def _write(
     with PreparedWriter(work) as writer:
         for placed in samples:
             fitted, counts = _fit(placed, max_seq_len, on_overlong, counts, faults)
-            if fitted is None:
-                continue
+            if fitted is None or faults.found:
+                continue  # with a fault nothing will be trained, so nothing more is written
             targets = writer.append(fitted.input_ids, fitted.loss_mask, fitted.lengths)
             counts = replace(
                 counts,

@@ -102,10 +102,13 @@ def read_rows(files: Sequence[Path], faults: Faults) -> Iterator[Row]:
     """Yield the rows of the files in order; lines that cannot be read go to `faults`.
 
     Raises:
-        ValueError: `faults` is full, or the rest of a file cannot be read.
+        ValueError: `faults` is full, the first one lies far behind, or the rest of a file cannot be
+            read.
     """
     for file in files:
-        yield from _READERS.get(file.suffix, _lines)(file, faults)
+        for row in _READERS.get(file.suffix, _lines)(file, faults):
+            faults.raise_if_far()
+            yield row
 
 
 def _lines(file: Path, faults: Faults) -> Iterator[Row]:

@@ -1,7 +1,10 @@
 """The folder of prepared data: made once, whole or not at all, with little in memory."""
 
+import contextlib
 import errno
-import os
+import fcntl
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from osft_trainer import data as data_module
 from osft_trainer import samples as samples_module
 from osft_trainer.data import open_prepared, prepare
 from osft_trainer.faults import Faults
+from osft_trainer.leftovers import WRITING
 from osft_trainer.prepared import PreparedWriter
 from osft_trainer.samples import TEXTS_AT_ONCE, Chat
 from osft_trainer.sources import Row
@@ -117,21 +121,85 @@ def test_damaged_folder_is_refused_and_made_anew(tmp_path: Path) -> None:
         assert trained_text(prepare_default(file, tmp_path), 0) == "yes<e>"
 
 
-def test_killed_preparation_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    """The process dies after the arrays are written and before they get their name."""
-    file = write(tmp_path / "d.jsonl", row())
-    code = (
-        "import os, sys, pathlib\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import data_rows\n"
-        "pathlib.Path.rename = lambda self, to: os._exit(9)\n"
-        "data_rows.prepare_default(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))\n"
-    )
-    arguments = [str(Path(__file__).parent), str(file), str(tmp_path / "cache")]
-    died = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ, check=False)
-    assert died.returncode == 9
-    assert all(p.name.startswith(".") for p in (tmp_path / "cache" / "data").iterdir())
-    assert trained_text(prepare_default(file, tmp_path / "cache"), 0) == "yes<e>"
+STUCK = """
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import data_rows
+def rename(path, to):
+    print(path.name, flush=True)
+    time.sleep(600)
+pathlib.Path.rename = rename
+data_rows.prepare_default(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))
+"""
+
+
+@contextlib.contextmanager
+def stuck_preparation(file: Path, cache: Path) -> Iterator[tuple[Any, str]]:
+    """A process that has written everything, and its folder, which has not got its name yet."""
+    arguments = [sys.executable, "-c", STUCK, str(Path(__file__).parent), file, cache]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that a preparation of one row has left, which SIGKILL has ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    with stuck_preparation(write(folder / "d.jsonl", row()), folder) as (process, work):
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert [path.name for path in (folder / "data").iterdir()] == [work]
+    assert work.startswith(".")
+    return folder
+
+
+@pytest.mark.parametrize("answer", ["yes", "other"])
+def test_killed_preparation_leaves_nothing_behind_the_next(
+    tmp_path: Path, killed: Path, answer: str
+) -> None:
+    """Also where the data have changed since, or are prepared by now."""
+    cache = shutil.copytree(killed, tmp_path / "cache")
+    file = write(tmp_path / "d.jsonl", row(answer=answer))
+    data = prepare_default(file, cache)
+    assert trained_text(data, 0) == f"{answer}<e>"
+    assert [path.name for path in (cache / "data").iterdir()] == [data.digest]
+    shutil.copytree(killed, cache, dirs_exist_ok=True)
+    assert len(list((cache / "data").iterdir())) == 2
+    assert prepare_default(file, cache).folder == data.folder
+    assert [path.name for path in (cache / "data").iterdir()] == [data.digest]
+
+
+def test_a_preparation_that_goes_on_keeps_its_folder(tmp_path: Path) -> None:
+    """As of `osft plan` beside a run."""
+    file, cache = write(tmp_path / "d.jsonl", row()), tmp_path / "cache"
+    with stuck_preparation(file, cache) as (process, work):
+        before = sorted(path.name for path in (cache / "data" / work).iterdir())
+        data = prepare_default(file, cache)
+        assert sorted(path.name for path in (cache / "data").iterdir()) == [work, data.digest]
+        assert sorted(path.name for path in (cache / "data" / work).iterdir()) == before
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("without_locks", ["writer", "reader"])
+def test_leftovers_stay_where_nothing_can_be_locked(
+    tmp_path: Path, killed: Path, monkeypatch: pytest.MonkeyPatch, without_locks: str
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    cache = shutil.copytree(killed, tmp_path / "cache")
+    (work,) = (cache / "data").iterdir()
+    if without_locks == "writer":
+        (work / WRITING).unlink()
+    else:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    data = prepare_default(write(tmp_path / "d.jsonl", row()), cache)
+    assert sorted(path.name for path in (cache / "data").iterdir()) == [work.name, data.digest]
+    assert not (data.folder / WRITING).exists()
 
 
 def test_arrays_are_little_endian_and_mapped(tmp_path: Path) -> None:

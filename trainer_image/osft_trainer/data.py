@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from osft_trainer.config import TrainingParameters
 from osft_trainer.durable import is_full, sync, told
 from osft_trainer.faults import Faults, OnBadSample
+from osft_trainer.leftovers import WRITING, remove_leftovers, written_folder
 from osft_trainer.masking import MaskedTokens
 from osft_trainer.prepared import DataCounts, PreparedData, PreparedWriter, open_prepared
 from osft_trainer.samples import Chat, Documents, Form, Placed, Processed
@@ -51,7 +51,8 @@ def prepare(
 ) -> PreparedData:
     """Tokenise and mask the data into `<cache_root>/data/<digest>/`, or open what is there.
 
-    For one process at a time; a second one at the same moment does the work twice, no harm.
+    For one process at a time; a second one at the same moment does the work twice, no harm. What
+    killed ones have left is removed.
 
     Args:
         data_path: a file, or a folder of files.
@@ -78,6 +79,7 @@ def prepare(
     )
     root = Path(cache_root) / "data"
     folder = root / digest
+    remove_leftovers(root, ".")
     if (folder / "COMPLETE").is_file():
         try:
             return open_prepared(folder)
@@ -86,22 +88,21 @@ def prepare(
             logger.warning("prepared data %s is damaged and is made anew: %s", folder, error)
             shutil.rmtree(folder)
     root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=root))
     try:
-        faults = Faults(on_bad_sample)
-        samples = form.samples(read_rows(files, faults), tokenizer, faults)
-        counts = _write(work, samples, faults, max_seq_len, on_overlong)
-        if not counts.samples:
-            raise ValueError(f"data_path {str(data_path)!r} leaves nothing to train on: {counts}")
-        _finish(
-            work, folder, {"digest": digest, "format": FORMAT_VERSION, "counts": asdict(counts)}
-        )
+        with written_folder(root, f".{digest}-") as work:
+            faults = Faults(on_bad_sample)
+            samples = form.samples(read_rows(files, faults), tokenizer, faults)
+            counts = _write(work, samples, faults, max_seq_len, on_overlong)
+            if not counts.samples:
+                raise ValueError(
+                    f"data_path {str(data_path)!r} leaves nothing to train on: {counts}"
+                )
+            meta = {"digest": digest, "format": FORMAT_VERSION, "counts": asdict(counts)}
+            _finish(work, folder, meta)
     except OSError as error:
         if not is_full(error):
             raise
         raise OSError(f"{root}: {told(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     logger.info("prepared %s: %s", data_path, counts)
     return open_prepared(folder)
 
@@ -203,4 +204,5 @@ def _finish(work: Path, folder: Path, meta: dict[str, Any]) -> None:
     except OSError:
         if not (folder / "COMPLETE").is_file():
             raise
+    (folder / WRITING).unlink(missing_ok=True)
     sync(folder.parent)

@@ -8,6 +8,7 @@ A folder holds, little-endian: input_ids.npy int32 [tokens], loss_mask.npy bool 
 offsets.npy int64 [samples + 1] (sample i is offsets[i]:offsets[i + 1]), loss_counts.npy int32
 [samples], meta.json, and COMPLETE, written last. Where samples hold several pieces that must not
 see one another, pieces.npy int64 [pieces + 1] holds their offsets, as offsets.npy the samples'.
+While it is written it also holds the lock of `leftovers`.
 """
 
 from __future__ import annotations

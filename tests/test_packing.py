@@ -1,5 +1,7 @@
 """Order, packing and collation: nothing lost, nothing twice, the same steps on any world size."""
 
+import sys
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from osft_trainer.order import epoch_order
 from osft_trainer.packing import (
     GlobalBatch,
+    _even_rounds,
+    _spread,
     batches,
     batches_per_epoch,
     collate,
@@ -149,6 +153,50 @@ def test_packing_keeps_its_promises(lengths: list[int], world_size: int, capacit
     assert all(load <= capacity for bins in loads for load in bins)
     assert all(any(bins) for bins in loads)
     assert pack(np.array(lengths, dtype=np.int64), world_size, capacity) == rounds
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.integers(100, 300),
+)
+def test_even_rounds_are_as_few_as_spreading_allows(
+    lengths: list[int], world_size: int, capacity: int
+) -> None:
+    """The number is found by halving, which wants that what fits goes on to fit into more bins."""
+    longest_first = sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
+    fits = [
+        _spread(longest_first, lengths, rounds * world_size, capacity) is not None
+        for rounds in range(1, len(lengths) + 1)
+    ]
+    assert fits == sorted(fits)
+    found = _even_rounds(longest_first, lengths, world_size, capacity)
+    assert len(found) == 1 + fits.index(True)
+
+
+@pytest.mark.parametrize("length", [3000, 1400])
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_the_work_on_many_long_samples_does_not_grow_with_their_square(
+    world_size: int, length: int
+) -> None:
+    """One or two of them fill a bin."""
+    calls = [_calls_of_planning(count, world_size, length) for count in (1024, 4096)]
+    assert calls[1] < 6 * calls[0]
+
+
+def _calls_of_planning(count: int, world_size: int, length: int) -> int:
+    """Calls of functions, built-in ones too, that planning so many samples takes."""
+    draws = np.random.default_rng(0).normal(length, 100, size=count)
+    lengths = np.clip(draws, 1, 4096).astype(np.int64)
+    calls: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, arg: calls.update([event]))
+    try:
+        rounds = pack(lengths, world_size, 4096)
+    finally:
+        sys.setprofile(None)
+    assert sorted(p for bins in rounds for each in bins for p in each) == list(range(count))
+    return calls["call"] + calls["c_call"]
 
 
 def test_fewer_samples_than_ranks_leave_empty_bins() -> None:

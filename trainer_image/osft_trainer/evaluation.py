@@ -24,7 +24,8 @@ from osft_trainer.parallel import World, sum_over_ranks
 from osft_trainer.prepared import Samples
 
 SAMPLES_AT_ONCE = 4096
-"""Packed together: many enough that few bins stay half empty, few enough to plan in no time."""
+"""Packed together: many enough that few bins stay half empty, few enough to plan in a tenth of a
+second, however long they are."""
 
 
 def mean_loss(

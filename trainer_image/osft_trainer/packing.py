@@ -7,6 +7,7 @@ Must never: depend on the world size for what a step learns from, put two sample
 attention span or predict one sample's first token from another, or drop a sample.
 """
 
+import bisect
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,10 +128,24 @@ def pack(
 def _even_rounds(
     longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
 ) -> Plan:
-    """Spread everything over the bins of all rounds; bins of like fullness share a round."""
-    rounds = max(1, -(-sum(sizes) // (world_size * capacity)))
-    while (bins := _spread(longest_first, sizes, rounds * world_size, capacity)) is None:
-        rounds += 1  # ends: with one bin for each sample everything fits
+    """Spread everything over the bins of all rounds; bins of like fullness share a round.
+
+    As few rounds as spreading can do with. What fits into some bins fits into more of them, so the
+    number is found by halving.
+    """
+    alone = sum(2 * size > capacity for size in sizes)  # no two of these share a bin
+    least = max(-(-sum(sizes) // capacity), alone, 1)
+    fits = -(-least // world_size)
+    fails, step = fits - 1, 1
+    while (bins := _spread(longest_first, sizes, fits * world_size, capacity)) is None:
+        fails, fits, step = fits, fits + step, 2 * step  # ends: a bin for each sample is enough
+    while fits - fails > 1:
+        middle = (fits + fails) // 2
+        fewer = _spread(longest_first, sizes, middle * world_size, capacity)
+        if fewer is None:
+            fails = middle
+        else:
+            fits, bins = middle, fewer
     bins.sort(key=lambda members: -sum(sizes[position] for position in members))
     return [bins[start : start + world_size] for start in range(0, len(bins), world_size)]
 
@@ -140,25 +155,64 @@ def _full_rounds(
 ) -> Plan:
     """Fill round after round as far as it goes, until the rest can be spread over one."""
     plan: Plan = []
-    rest = longest_first
-    while rest:
-        last = _spread(rest, sizes, world_size, capacity)
-        if last is not None:
-            return [*plan, last]
+    left = _Left(longest_first, sizes)
+    while len(left):
+        if left.tokens <= world_size * capacity:
+            last = _spread(left.all(), sizes, world_size, capacity)
+            if last is not None:
+                return [*plan, last]
         bins: list[list[int]] = [[] for _ in range(world_size)]
         room = [capacity] * world_size
-        left: list[int] = []
-        for position in rest:
-            fitting = [n for n in range(world_size) if room[n] >= sizes[position]]
-            if not fitting:
-                left.append(position)
-                continue
-            fullest = min(fitting, key=room.__getitem__)
-            bins[fullest].append(position)
-            room[fullest] -= sizes[position]
+        place = 0
+        # The longest that fits somewhere goes where the least room is left. One that fits nowhere
+        # does not fit later either: room only shrinks.
+        while (place := left.first(place, max(room))) < len(longest_first):
+            size = sizes[longest_first[place]]
+            fullest = min((r, n) for n, r in enumerate(room) if r >= size)[1]
+            bins[fullest].append(left.take(place))
+            room[fullest] -= size
         plan.append(bins)
-        rest = left
     return plan
+
+
+class _Left:
+    """Samples from the longest to the shortest, some of them taken already."""
+
+    def __init__(self, longest_first: Sequence[int], sizes: Sequence[int]) -> None:
+        self._positions = longest_first
+        self._sizes = sizes
+        self._negated = [-sizes[position] for position in longest_first]
+        self._next = list(range(len(longest_first) + 1))
+        """A place that is left, or one between this and the next that is."""
+        self._count = len(longest_first)
+        self.tokens = sum(sizes)
+
+    def __len__(self) -> int:
+        """Number of samples that are left."""
+        return self._count
+
+    def first(self, place: int, longest: int) -> int:
+        """Place of the longest from `place` on that is left and no longer than this; or the end."""
+        return self._at_or_behind(bisect.bisect_left(self._negated, -longest, lo=place))
+
+    def take(self, place: int) -> int:
+        """Take the sample at a place."""
+        self._next[place] = place + 1
+        position = self._positions[place]
+        self._count -= 1
+        self.tokens -= self._sizes[position]
+        return position
+
+    def all(self) -> list[int]:
+        """Whatever is left."""
+        return [position for at, position in enumerate(self._positions) if self._next[at] == at]
+
+    def _at_or_behind(self, place: int) -> int:
+        while (after := self._next[place]) != place:
+            # Halves the way for the next one, so that no stretch is walked again and again.
+            self._next[place] = self._next[after]
+            place = after
+        return place
 
 
 def lpt_rounds(
@@ -166,19 +220,15 @@ def lpt_rounds(
 ) -> Plan:
     """Round after round, as many of the longest that are left as can be spread over it."""
     plan: Plan = []
-    rest = longest_first
-    while rest:
-        fits, too_many = 1, len(rest) + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if _spread(rest[:middle], sizes, world_size, capacity) is None:
-                too_many = middle
-            else:
-                fits = middle
-        bins = _spread(rest[:fits], sizes, world_size, capacity)
-        assert bins is not None, "one sample fits into an empty bin"
-        plan.append(bins)
-        rest = rest[fits:]
+    emptiest: list[tuple[int, int]] = []
+    for position in longest_first:
+        size = sizes[position]
+        if not emptiest or emptiest[0][0] + size > capacity:
+            plan.append([[] for _ in range(world_size)])
+            emptiest = [(0, number) for number in range(world_size)]
+        load, number = emptiest[0]
+        plan[-1][number].append(position)
+        heapq.heapreplace(emptiest, (load + size, number))
     return plan
 
 

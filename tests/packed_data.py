@@ -25,7 +25,8 @@ def make_data(folder: Path, lengths: list[int]) -> PreparedData:
     with GrowingArray(folder / "loss_counts.npy", "<i4") as counts:
         counts.append(np.array(lengths) - 1)
     total = DataCounts(samples=len(lengths), tokens=sum(lengths)).__dict__
-    (folder / "meta.json").write_text(json.dumps({"digest": "d", "counts": total}))
+    meta = {"digest": "d", "counts": total, "largest_id": len(lengths) - 1}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return PreparedData(folder)
 
 

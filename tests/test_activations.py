@@ -234,7 +234,7 @@ def _prepared(samples: list[Row], folder: Path) -> PreparedData:
             counts.append([tokens.shape[1] - 1])
             offsets.append(offsets[-1] + tokens.shape[1])
         ends.append(offsets)
-    (folder / "meta.json").write_text('{"digest": "d", "counts": {}}')
+    (folder / "meta.json").write_text('{"digest": "d", "counts": {}, "largest_id": 0}')
     return PreparedData(folder)
 
 

@@ -66,7 +66,8 @@ def test_energies_are_those_of_the_free_parts(base: Path) -> None:
 @pytest.mark.parametrize("data", ["data.jsonl", "text.txt"])
 def test_losses_are_those_of_the_model_without_its_free_parts(base: Path, data: str) -> None:
     found = measured(base, data)
-    batches = spectrum._batches(base, base.parent / data, 4000, False)
+    model = load_model(base, torch.float32)
+    batches = spectrum._batches(model, base, base.parent / data, 4000, False)
     assert sum(int((batch.labels != -100).sum()) for batch in batches) >= found.tokens > 100
 
     def loss(weights: dict[str, torch.Tensor]) -> float:

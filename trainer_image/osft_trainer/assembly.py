@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from osft_trainer import decomposition
@@ -25,6 +26,7 @@ from osft_trainer.decomposition import Decompositions
 from osft_trainer.importance import importance_of_run
 from osft_trainer.liger import apply_liger
 from osft_trainer.model import OSFTModel, convert, load_model, load_tokenizer
+from osft_trainer.model_limits import check_fits, warn_beyond
 from osft_trainer.parallel import World, shard
 from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder, write_atomically
@@ -96,6 +98,7 @@ def build_model(
     transformers_logging.disable_progress_bar()
     dtype = compute_dtype(training.compute_dtype, world.device)
     hf = load_model(training.model_path, dtype, training.trust_remote_code)
+    check_data(hf, prepared, held_out, warns=world.rank == 0)
     text = prepare_retention(training, folder, world, hf, base_digest)
     importance = None
     if training.rank_allocation == "adaptive":
@@ -126,6 +129,21 @@ def build_model(
         compile_blocks(hf, world.device)
     shard(model, world)
     return model, bases.digest, text
+
+
+def check_data(
+    hf: PreTrainedModel, prepared: PreparedData, held_out: PreparedData | None, *, warns: bool
+) -> None:
+    """Refuse data that the model, which may be on meta, has no tokens or positions for.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    check_fits(hf, prepared, "data_path")
+    if held_out is not None:
+        check_fits(hf, held_out, "validation_data_path")
+    if warns:
+        warn_beyond(hf, max(data.longest for data in (prepared, held_out) if data is not None))
 
 
 def plan_of(

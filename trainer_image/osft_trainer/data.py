@@ -29,7 +29,7 @@ from osft_trainer.sources import data_files, read_rows
 
 __all__ = ["DataCounts", "Overlong", "PreparedData", "form_of", "open_prepared", "prepare"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the digest: raise it when the mask or the files change."""
 
 CHAT = Chat()
@@ -92,13 +92,13 @@ def prepare(
         with written_folder(root, f".{digest}-") as work:
             faults = Faults(on_bad_sample)
             samples = form.samples(read_rows(files, faults), tokenizer, faults)
-            counts = _write(work, samples, faults, max_seq_len, on_overlong)
+            counts, largest_id = _write(work, samples, faults, max_seq_len, on_overlong)
             if not counts.samples:
                 raise ValueError(
                     f"data_path {str(data_path)!r} leaves nothing to train on: {counts}"
                 )
             meta = {"digest": digest, "format": FORMAT_VERSION, "counts": asdict(counts)}
-            _finish(work, folder, meta)
+            _finish(work, folder, {**meta, "largest_id": largest_id})
     except OSError as error:
         if not is_full(error):
             raise
@@ -143,8 +143,8 @@ def _digest(
 
 def _write(
     work: Path, samples: Iterable[Placed], faults: Faults, max_seq_len: int, on_overlong: Overlong
-) -> DataCounts:
-    """Stream the samples into the arrays of `work`."""
+) -> tuple[DataCounts, int]:
+    """Stream the samples into the arrays of `work`; gives the largest token id, too."""
     counts = DataCounts()
     with PreparedWriter(work) as writer:
         for placed in samples:
@@ -159,7 +159,8 @@ def _write(
                 loss_tokens=counts.loss_tokens + targets,
             )
     faults.raise_if_any()
-    return replace(counts, rows=faults.rows - faults.skipped, skipped_bad=faults.skipped)
+    counts = replace(counts, rows=faults.rows - faults.skipped, skipped_bad=faults.skipped)
+    return counts, writer.largest_id
 
 
 def _fit(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from osft_trainer.assembly import compute_dtype, plan_of, prepare_data
+from osft_trainer.assembly import check_data, compute_dtype, plan_of, prepare_data
 from osft_trainer.base_model import local_folder
 from osft_trainer.bases import singular_values
 from osft_trainer.config import TrainingParameters
@@ -61,7 +61,8 @@ def make_report(
     hf = empty_model(base, dtype, training.trust_remote_code)
     plan = plan_of(hf, training)
     folder = RunFolder(Path(training.ckpt_output_dir))
-    prepared, _ = prepare_data(training, folder, world)
+    prepared, held_out = prepare_data(training, folder, world)
+    check_data(hf, prepared, held_out, warns=True)
     text = None
     if training.retention_data_path is not None:
         text = prepare_retention(training, folder, world, hf, base_digest="")

@@ -6,9 +6,10 @@ set in memory, or unpickle anything.
 
 A folder holds, little-endian: input_ids.npy int32 [tokens], loss_mask.npy bool [tokens],
 offsets.npy int64 [samples + 1] (sample i is offsets[i]:offsets[i + 1]), loss_counts.npy int32
-[samples], meta.json, and COMPLETE, written last. Where samples hold several pieces that must not
-see one another, pieces.npy int64 [pieces + 1] holds their offsets, as offsets.npy the samples'.
-While it is written it also holds the lock of `leftovers`.
+[samples], meta.json (with the largest id, for which nobody has to read the ids again), and
+COMPLETE, written last. Where samples hold several pieces that must not see one another, pieces.npy
+int64 [pieces + 1] holds their offsets, as offsets.npy the samples'. While it is written it also
+holds the lock of `leftovers`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class PreparedData:
         self.folder = folder
         self.digest: str = meta["digest"]
         self.counts = DataCounts(**meta["counts"])
+        self.largest_id: int = meta["largest_id"]
         # Plain arrays over the maps: slicing np.memmap itself costs several times as much.
         self._ids, self._mask, self._offsets = (
             np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
@@ -66,6 +68,9 @@ class PreparedData:
         pieces = folder / PIECES
         self._pieces = np.load(pieces, allow_pickle=False) if pieces.is_file() else None
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
+        whole = self.lengths if self._pieces is None else np.diff(self._pieces)
+        self.longest = int(whole.max(initial=0))
+        """Tokens of the longest piece: positions are counted inside one."""
         self.loss_counts: npt.NDArray[np.int64] = loss_counts.astype(np.int64)
 
     def __len__(self) -> int:
@@ -155,6 +160,8 @@ class PreparedWriter:
         self._folder = folder
         self._files = contextlib.ExitStack()
         self._tokens = 0
+        self.largest_id = -1
+        """Of all tokens so far."""
         self._whole = True
         """No sample has had more than one piece."""
         names = {"input_ids": "<i4", "loss_mask": "|b1", "offsets": "<i8", "loss_counts": "<i4"}
@@ -177,6 +184,7 @@ class PreparedWriter:
         self._mask.append(loss_mask)
         self._pieces.append(self._tokens + np.cumsum(lengths or (len(input_ids),)))
         self._tokens += len(input_ids)
+        self.largest_id = max(self.largest_id, int(input_ids.max(initial=-1)))
         self._offsets.append([self._tokens])
         self._loss_counts.append([targets])
         self._whole = self._whole and len(lengths) <= 1

@@ -144,14 +144,21 @@ def _answers(
     chats: Sequence[list[dict[str, str]]],
     max_seq_len: int,
 ) -> list[str]:
-    if not chats:
-        return []
+    """An answer to each; an empty one where the question leaves no room."""
     prompts = [
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         for chat in chats
     ]
-    longest = max(len(_ids(tokenizer, prompt)) for prompt in prompts)
-    return _continue(hf, tokenizer, prompts, max(1, max_seq_len - longest))
+    lengths = [len(_ids(tokenizer, prompt)) for prompt in prompts]
+    # Others than the tokens that were drawn: the words of a question may have several spellings.
+    fitting = [number for number, length in enumerate(lengths) if length < max_seq_len]
+    answers = [""] * len(chats)
+    if fitting:
+        room = max_seq_len - max(lengths[number] for number in fitting)
+        written = _continue(hf, tokenizer, [prompts[number] for number in fitting], room)
+        for number, answer in zip(fitting, written, strict=True):
+            answers[number] = answer
+    return answers
 
 
 def _continue(

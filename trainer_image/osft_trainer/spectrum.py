@@ -24,6 +24,7 @@ from osft_trainer.base_model import local_folder
 from osft_trainer.data import prepare
 from osft_trainer.forward import loss_tokens, packed_loss
 from osft_trainer.model import load_model, load_tokenizer
+from osft_trainer.model_limits import check_fits, table_of_positions
 from osft_trainer.packing import MicroBatch, collate
 from osft_trainer.plan_report import pattern_of
 from osft_trainer.subspace import free_rank
@@ -152,7 +153,7 @@ def measure(
     base = local_folder(model_path)
     hf = load_model(base, torch.float32, trust_remote_code).eval()
     plan = plan_targets(hf, tried[-1], "core", target_patterns)
-    batches = [] if data is None else _batches(base, data, max_tokens, trust_remote_code)
+    batches = [] if data is None else _batches(hf, base, data, max_tokens, trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="osft-spectrum-") as folder:
         energy = {
             target.name: _decompose(hf, target, tried, Path(folder) / f"{number}.safetensors")
@@ -213,7 +214,9 @@ def _mean_loss(hf: PreTrainedModel, batches: Sequence[MicroBatch]) -> float:
     return total / sum(loss_tokens(batch.labels, batch.position_ids) for batch in batches)
 
 
-def _batches(base: Path, data: Path, max_tokens: int, trust_remote_code: bool) -> list[MicroBatch]:
+def _batches(
+    hf: PreTrainedModel, base: Path, data: Path, max_tokens: int, trust_remote_code: bool
+) -> list[MicroBatch]:
     """The beginning of the data, one sample a batch."""
     tokenizer = load_tokenizer(base, trust_remote_code)
     if data.suffix == ".txt":
@@ -227,9 +230,10 @@ def _batches(base: Path, data: Path, max_tokens: int, trust_remote_code: bool) -
         prepared = prepare(
             data,
             tokenizer,
-            max_seq_len=LONGEST_SAMPLE,
+            max_seq_len=min(LONGEST_SAMPLE, table_of_positions(hf) or LONGEST_SAMPLE),
             on_overlong="truncate",
             cache_root=cache,
         )
+        check_fits(hf, prepared, "--data")
         used = int((prepared.lengths.cumsum() <= max_tokens).sum()) or 1
         return [collate([prepared.sample(number)]) for number in range(used)]

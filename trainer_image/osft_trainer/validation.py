@@ -39,6 +39,7 @@ class Selection(PreparedData):
         self._members = members
         self.folder: Path = whole.folder
         self.digest = f"{whole.digest}-{name}"
+        self.largest_id, self.longest = whole.largest_id, whole.longest
         self.lengths = whole.lengths[members]
         self.loss_counts = whole.loss_counts[members]
         self.counts = replace(

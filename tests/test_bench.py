@@ -1,4 +1,4 @@
-"""The benchmarks run, and their table says what was measured."""
+"""The methods that bench.train_step compares, its table and the sizes of its models."""
 
 from __future__ import annotations
 

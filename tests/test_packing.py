@@ -245,7 +245,7 @@ def test_no_plan_waits_longer_than_longest_processing_time(
 
 
 def waste(world_size: int, batch: int, capacity: int, longest: int) -> float:
-    """Share of rank time in which a rank waits for the fullest bin of its round."""
+    """Share of the tokens for which a rank waits for the fullest bin of its round."""
     random = np.random.default_rng(1)
     spent = used = 0
     for _ in range(50):

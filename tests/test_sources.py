@@ -208,7 +208,7 @@ def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(sources.importlib, "import_module", lacking)
     with pytest.raises(
-        ValueError, match=r"d\.parquet needs the package pyarrow: install osft\[data\]"
+        ValueError, match=r"d\.parquet needs the package pyarrow: pip install 'osft\[data\]'"
     ):
         list(read_rows([tmp_path / "d.parquet"], Faults()))
 

@@ -29,7 +29,8 @@ def data_tables() -> str:
 def _packing_lines(found: dict[str, Any]) -> list[str]:
     mixes = found["mixes"]
     lines = [
-        "Rank time lost to padding and waiting, log-normal lengths; LPT is "
+        "Share of tokens lost to padding and to waiting for the fullest rank, log-normal lengths; "
+        "LPT is "
         f"longest-processing-time ({found['machine']}):",
         "",
         "| ranks | samples a batch | tokens a pass | lost | with LPT | no plan loses less than |",

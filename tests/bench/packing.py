@@ -1,9 +1,10 @@
-"""How long ranks wait for the fullest bin of a round, and how long collation takes.
+"""How many tokens ranks wait for the fullest bin of a round, and how long collation takes.
 
-`make bench-data` prints a table for log-normal mixes of lengths: the share of rank time lost to
+`make bench-data` prints a table for log-normal mixes of lengths: the share of tokens lost to
 padding (there is none) and waiting, beside longest-processing-time as mini_trainer's sampler does
 it, and beside what no plan can avoid: the longest sample of a batch, and the even share of its
-tokens, take at least their time. `--output FILE` writes the same as JSON.
+tokens. A round counts for each rank as many tokens as its fullest bin has; attention, which grows
+with the square of a sample, is left out. `--output FILE` writes the same as JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def duration(plan: Plan, lengths: list[int]) -> int:
 
 
 def waiting(mix: Mix, batches: int) -> dict[str, float]:
-    """Share of rank time that is lost: with our plans, with LPT's, and at least."""
+    """Share of the tokens that is lost: with our plans, with LPT's, and at least."""
     spent = {"pack": 0, "lpt": 0, "least": 0.0}
     used = 0
     for lengths in lengths_of(mix, batches):

@@ -331,7 +331,8 @@ def _pyarrow(file: Path, name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"data_path: {file.name} needs the package pyarrow: install osft[data], or give JSONL"
+            f"data_path: {file.name} needs the package pyarrow: pip install 'osft[data]', or give "
+            "JSONL"
         ) from error
 
 

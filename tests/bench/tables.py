@@ -31,7 +31,8 @@ def training_table(result: Numbers) -> str:
     lines = [
         f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), {result['dtype']}, "
         f"{result['tokens']} tokens a step, ratio {result['ratio']}, on "
-        f"{result['machine']}{threads} ({result['date']}, torch {result['torch']}):",
+        f"{result['machine']}{threads} ({result['date']}, torch {result['torch']}), "
+        f"{_rounds(baseline)}:",
         "",
     ]
     head = ["method", "step s", "x plain", "spread", "tokens/s", "static GB", "x plain"]
@@ -56,7 +57,7 @@ def recompute_table(result: Numbers) -> str:
     lines = [
         f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), OSFT exact, "
         f"{result['tokens']} tokens a step, on {result['machine']}, {result['threads']} threads "
-        f"({result['date']}, torch {result['torch']}):",
+        f"({result['date']}, torch {result['torch']}), {_rounds(first)}:",
         "",
         _row(["", "step s", "ratio", "spread", "memory of a pass GB", "ratio", "first pass s"]),
         _row(["---"] * 7),
@@ -74,6 +75,10 @@ def recompute_table(result: Numbers) -> str:
         ]
         lines.append(_row([name, *cells]))
     return "\n".join(lines)
+
+
+def _rounds(numbers: Numbers) -> str:
+    return f"{len(numbers['step_seconds'])} rounds"
 
 
 def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) -> list[str]:

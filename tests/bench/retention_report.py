@@ -73,12 +73,11 @@ def retention_tables() -> str:
 def _replay(result: Numbers) -> list[str]:
     note = (
         "`replay` learns the model's own text again, one sample for four new ones, as "
-        "`replayRatio: 0.25` does. On another base model of the same kind; "
-        f"`{result['command']}`:"
+        f"`replayRatio: 0.25` does. On another base model of the same kind; `{result['command']}`:"
     )
     lacking = (
-        "The same with text that holds two of the three old skills: in which measure the third, "
-        "which nothing told of, is kept. New skill / the two, then the third:"
+        "The same, given text of two of the three old skills. New skill / these two, then the "
+        "third, of which no text told:"
     )
     return [note, final_table(result), room_table(result), lacking, gap_table(result)]
 

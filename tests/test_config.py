@@ -14,11 +14,11 @@ from pydantic.alias_generators import to_camel
 
 from osft_trainer.arguments import TrainerArguments, describe, explain, from_argv
 from osft_trainer.config import (
-    WHITE_SPACE,
     LaunchParameters,
     RunParameters,
     TrainingParameters,
 )
+from osft_trainer.parameters import WHITE_SPACE
 
 REQUIRED: dict[str, Any] = {
     "model_path": "/mnt/model",

@@ -35,7 +35,8 @@ from osft_operator.spec_pod import (
 from osft_operator.spec_run import Rendezvous, Stall
 from osft_operator.spec_storage import Storage
 from osft_trainer.arguments import explain
-from osft_trainer.config import Text, TrainingParameters
+from osft_trainer.config import TrainingParameters
+from osft_trainer.parameters import Text
 
 LabelValue = Annotated[str, Field(min_length=1, max_length=63, pattern=LABEL_VALUE_PATTERN)]
 Node = Annotated[int, Field(ge=1, le=names.MAX_NODES)]

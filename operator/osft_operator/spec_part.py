@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.alias_generators import to_camel
 
-from osft_trainer.config import TEXT_PATTERN, WHITE_SPACE, Parameters, Text
+from osft_trainer.parameters import TEXT_PATTERN, WHITE_SPACE, Parameters, Text
 
 QUANTITY_PATTERN = (
     r"^([+]?([0-9]+(\.[0-9]*)?|\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE][-+]?[0-9]+))?$"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from osft_operator import names
 from osft_operator.spec_part import JobPart, KeyName, ObjectName, Quantity, ResourceQuantity
-from osft_trainer.config import Text
+from osft_trainer.parameters import Text
 
 VariableName = Annotated[
     str, Field(min_length=1, max_length=256, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")

@@ -31,10 +31,10 @@ from osft_trainer.config import (
     LaunchParameters,
     RunParameters,
     TrainingParameters,
-    unknown_name,
 )
 from osft_trainer.last_words import REPORTS_ENV, LastWords, Result
 from osft_trainer.outcome import Diverged, OutOfMemory, Preempted
+from osft_trainer.parameters import unknown_name
 from osft_trainer.report import ExitCode, Retention
 from osft_trainer.topology import resolve
 

@@ -21,8 +21,8 @@ from osft_trainer.config import (
     LaunchParameters,
     RunParameters,
     TrainingParameters,
-    unknown_name,
 )
+from osft_trainer.parameters import unknown_name
 
 
 @dataclass(frozen=True)

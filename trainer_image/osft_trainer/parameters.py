@@ -1,0 +1,62 @@
+"""CONTRACT: what all parameters have in common: names, texts, and how strict a group of them is.
+
+`config` makes the trainer's parameters of it, the operator the parts of an OSFTJob's spec. Must
+never import torch, transformers, kopf or kubernetes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+WHITE_SPACE = r"\t\n\v\f\r \x85\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""Inside a class of a regular expression: what Unicode calls so, and pydantic strips.
+
+Spelt out, since the API server, Python and editors each mean something else by `\\s`; the later
+ones as they are, since no spelling of them means the same to all four engines.
+"""
+TEXT_PATTERN = rf"^[^{WHITE_SPACE}]([\s\S]*[^{WHITE_SPACE}])?$"
+"""Not blank, and nothing at its ends to strip."""
+Text = Annotated[str, Field(min_length=1, pattern=TEXT_PATTERN)]
+"""A text that says something."""
+Path = Annotated[Text, Field(max_length=1024)]
+"""A path as the trainer's process sees it."""
+
+
+class Parameters(BaseModel):
+    """Frozen, strict about names, camelCase in YAML and snake_case in Python."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        str_strip_whitespace=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_names(cls, data: Any) -> Any:
+        """Name the nearest field for each unknown one, before pydantic's plain refusal."""
+        if not isinstance(data, dict):
+            return data
+        known = [name for field in cls.model_fields for name in (field, to_camel(field))]
+        unknown = [str(name) for name in data if str(name) not in known]
+        if unknown:
+            raise ValueError("; ".join(unknown_name(name, known) for name in unknown))
+        return data
+
+
+def unknown_name(name: str, known: list[str]) -> str:
+    """Say that a name is unknown and which known one is nearest."""
+    # `batch_size` means effective_batch_size, though block_size is nearer by its letters.
+    longer = [each for each in known if name.lower() in each.lower()]
+    nearest = difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
+    cure = f"did you mean {nearest[0]!r}?" if nearest else "see `osft-train --help`"
+    return f"unknown parameter {name!r}; {cure}"

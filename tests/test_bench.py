@@ -1,7 +1,8 @@
-"""The methods that bench.train_step compares, its table and the sizes of its models."""
+"""What bench.train_step compares, its table, its models; what the retention screen picks."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,28 @@ def test_shapes_have_the_size_of_their_name(shape: str, weights: float) -> None:
     with torch.device("meta"):
         model = model_class(config_class(**values))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(weights, rel=0.01)
+
+
+def test_the_best_setting_of_a_screen_goes_on_to_every_task_and_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    stages = importlib.import_module("retention_stages")
+    tasks = importlib.import_module("retention_tasks")
+    training = importlib.import_module("retention_training")
+    scope = stages.Scope()
+
+    def outcome(job: Any) -> Any:
+        # Learns at one rate only, and keeps more at the greater ratio.
+        learned = job.learning_rate == 1e-3
+        return training.Outcome(job, 1.0 if learned else 0.5, job.ratio, None, None, 0.0)
+
+    best = stages.best_settings(scope.methods, [outcome(j) for j in stages.screen_jobs(scope)])
+    assert set(best) == set(scope.methods)
+    assert {job.learning_rate for job in best.values()} == {1e-3}
+    ratios = {job.ratio for name, job in best.items() if not name.startswith("plain")}
+    assert ratios == {0.5}
+    finals = stages.final_jobs(scope, best)
+    assert len(finals) == len(scope.methods) * len(tasks.NEW) * len(scope.seeds)
+    assert {job.lacks for job in stages.gap_jobs(scope, best)} == {"inc"}
+    assert {job.method for job in stages.room_jobs(scope)} <= set(scope.methods)

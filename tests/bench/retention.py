@@ -47,14 +47,13 @@ from retention_stages import (  # noqa: E402
 from retention_training import Bench, Job, run_all  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results" / "retention.json"
-METHODS = list(methods.METHODS)
 
 
 def main() -> None:
     """Prepare, measure, print and write the result."""
     parser = _parser()
     arguments = parser.parse_args()
-    if arguments.out == RESULTS and (arguments.methods, arguments.rates) != (METHODS, RATES):
+    if arguments.out == RESULTS and (arguments.methods, arguments.rates) != (methods.USUAL, RATES):
         parser.error("--methods and --rates need --out: the committed result is of all of them")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, a small screen")
     parser.add_argument("--add", action="store_true", help="only what --out lacks of the last part")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods.METHODS, metavar="METHOD", default=methods.USUAL
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of the screen")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -106,7 +107,7 @@ def _scope(arguments: argparse.Namespace) -> Scope:
 def _command(arguments: argparse.Namespace) -> str:
     """What measures the same again; where it is written does not count."""
     told = ["--quick"] if arguments.quick else []
-    if arguments.methods != METHODS:
+    if arguments.methods != methods.USUAL:
         told += ["--methods", *arguments.methods]
     if arguments.rates != RATES:
         told += ["--rates", *(f"{rate:g}" for rate in arguments.rates)]

@@ -124,6 +124,9 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "plain fine-tuning, replay": plain,
     "osft activations, replay": by_activations,
 }
+GRADIENTS_TOO = "osft exact, gradients too"
+USUAL = [name for name in METHODS if name != GRADIENTS_TOO]
+"""Without what has been compared once, with a result of its own."""
 PLAIN = "plain fine-tuning"
 OWN_TEXT = "osft activations, own text"
 BY_WEIGHTS = "osft exact"

@@ -38,7 +38,7 @@ GAP = (methods.PLAIN_REPLAY, methods.OWN_TEXT, methods.REPLAY)
 class Scope:
     """What of the benchmark is run."""
 
-    methods: Sequence[str] = tuple(methods.METHODS)
+    methods: Sequence[str] = tuple(methods.USUAL)
     rates: Sequence[float] = tuple(RATES)
     """Of the screen."""
     ratios: Sequence[float] = tuple(RATIOS)

@@ -27,6 +27,12 @@ from packed_data import make_data, members, samples_of
 
 ORDER_OF_TEN = [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
 """Pinned: another order would break the resume of every saved run."""
+ANY_SAMPLES_RANKS_AND_CAPACITY = given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.integers(100, 300),
+)
+"""Lengths of samples, ranks, and tokens of a bin that holds any one of the samples."""
 
 
 @pytest.fixture
@@ -156,11 +162,7 @@ def test_packing_keeps_its_promises(lengths: list[int], world_size: int, capacit
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=40),
-    st.integers(1, 9),
-    st.integers(100, 300),
-)
+@ANY_SAMPLES_RANKS_AND_CAPACITY
 def test_even_rounds_are_as_few_as_spreading_allows(
     lengths: list[int], world_size: int, capacity: int
 ) -> None:
@@ -226,11 +228,7 @@ def test_sample_beyond_the_capacity_is_refused() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=40),
-    st.integers(1, 9),
-    st.integers(100, 300),
-)
+@ANY_SAMPLES_RANKS_AND_CAPACITY
 def test_no_plan_waits_longer_than_longest_processing_time(
     lengths: list[int], world_size: int, capacity: int
 ) -> None:

@@ -93,7 +93,7 @@ def load_table(result: Numbers) -> str:
     operators = {name: result["operators"][name] for name in NAMES if name in result["operators"]}
     lines = [
         f"{jobs:,} OSFTJobs{before}; {machine['cores']} cores ({machine['cpu']}) for the operator, "
-        f"the control plane ({machine['api_server']}), the benchmark and whoever else was there:",
+        f"the control plane ({machine['api_server']}), the benchmark and all else that ran:",
         "",
         _row(["", *(NAMES[name] for name in operators)]),
         _row(["---"] * (1 + len(operators))),

@@ -1,8 +1,7 @@
 """mini_trainer 0.9.0 as a peer on CUDA; `pip install rhai-innovation-mini-trainer==0.9.0` first.
 
 Built by its own set-up functions, stepped by its own optimizer wrapper. TESTING=true makes it take
-torch's attention instead of the flash-attn package. Not run where this was written: there is no
-CUDA device there.
+torch's attention instead of the flash-attn package. It has not run yet: it needs a CUDA device.
 """
 
 from __future__ import annotations

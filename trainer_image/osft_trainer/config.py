@@ -57,8 +57,8 @@ class TrainingParameters(Parameters):
     """Tokens of retention text that are read, or written by the model."""
     replay_ratio: float = Field(default=0.0, ge=0, le=16)
     """Samples of retention text that are learned again for each sample of the data, on top of
-    effectiveBatchSize; 0.25 makes a step a quarter longer. It keeps the old where the new is asked
-    in the same words, which no split can tell apart."""
+    effectiveBatchSize; 0.25 adds a sample to each four. It helps where the new is asked in the
+    words of the old, which a split cannot tell apart."""
     rank_allocation: Literal["uniform", "adaptive"] = "uniform"
     """uniform: every matrix gets the same share of free directions. adaptive: blocks that change
     their input little, measured on retention text, keep more; the mean share stays."""
@@ -119,7 +119,7 @@ class TrainingParameters(Parameters):
     """Type of the frozen weights and of the arithmetic. auto: bfloat16 on CUDA, float32 on CPU.
     What is trained is always float32."""
     activation_checkpointing: bool = True
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, more time."""
     selective_activation_checkpointing: bool = False
     """Keep the results of matrix products and attention, and recompute only what is cheap: far less
     memory than without activationCheckpointing, and nearly its speed."""

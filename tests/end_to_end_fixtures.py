@@ -17,9 +17,9 @@ SYSTEM = "osft-system"
 
 
 @pytest.fixture(scope="session")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned() -> Path:
     """A folder with a model that can do the old skill and not the new one."""
-    return osftjobs.learned_model(tmp_path_factory.mktemp("learned") / "skills")
+    return osftjobs.learned_model()
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pretrain
 import skills
+import torch
 import yaml
 
+from bench.machine import processor_name
+from cluster import binaries
 from cluster.api import ApiError, wait_for
 from cluster.fixtures import Cluster
 from osft_trainer.report import RunFolder, metric_lines
@@ -19,6 +25,7 @@ Object = dict[str, Any]
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 OLD, NEW = "rev", "rot"
+LEARNED_STEPS = 250
 
 
 class Jobs:
@@ -121,7 +128,20 @@ def osftjob(name: str, *, spec: Object | None = None, **training: Any) -> Object
     return job
 
 
-def learned_model(folder: Path) -> Path:
-    """A small model that has learned one skill, made here in about half a minute."""
-    pretrain.pretrain(folder, [OLD], steps=250, whole_text=True)
-    return folder
+def learned_model() -> Path:
+    """A small model that has learned one skill: made once, in about half a minute, then cached.
+
+    The cache has a model for each text of the programs that make it, torch and processor: another
+    processor rounds it to another one.
+    """
+    made_by = [Path(module.__file__).read_bytes() for module in (pretrain, skills)]
+    told = f"{OLD} {LEARNED_STEPS} {torch.__version__} {processor_name()}"
+    digest = hashlib.sha256(b"\0".join([*made_by, told.encode()])).hexdigest()[:16]
+    kept = binaries.cache_home() / "learned-models" / digest
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        making = kept.with_name(f"{digest}-{os.getpid()}")
+        pretrain.pretrain(making, [OLD], steps=LEARNED_STEPS, whole_text=True)
+        with contextlib.suppress(OSError):  # there, by another run
+            making.rename(kept)
+    return kept

@@ -120,16 +120,17 @@ def room_table(result: Numbers) -> str:
 
 
 def gap_table(result: Numbers) -> str:
-    """What becomes of an old skill that the text lacks: a row a method, a column a task."""
+    """What becomes of an old skill that the text lacks: a row a setting, a column a task."""
     gap = result.get("gap", [])
     tasks = _tasks(gap)
-    heads = ["method", "rate, ratio", *tasks]
+    heads = ["method", "rate, ratio", "weight decay", *tasks]
     lines = [_row(heads), "|---" * len(heads) + "|"]
-    for method in dict.fromkeys(outcome["job"]["method"] for outcome in gap):
-        mine = [o for o in gap if o["job"]["method"] == method]
+    for setting in dict.fromkeys(_room_setting(outcome["job"]) for outcome in gap):
+        method, _, _, decay = setting
+        mine = [o for o in gap if _room_setting(o["job"]) == setting]
         by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
         cells = [_gap_cell(outcomes) for outcomes in by_task]
-        lines.append(_row([method, _setting(mine[0]["job"]), *cells]))
+        lines.append(_row([method, _setting(mine[0]["job"]), f"{decay:g}", *cells]))
     return "\n".join(lines)
 
 

@@ -17,10 +17,9 @@ RATIOS = [0.25, 0.5]
 SEEDS = [0, 1, 2]
 SCREENED = ["easy, new word", "conflicting, new word"]
 PROMISING = [
-    (methods.OWN_TEXT, 0.25, 3e-2, 0.3),
     (methods.OWN_TEXT, 0.5, 1e-2, 2.0),
-    (methods.REPLAY, 0.5, 1e-2, 1.0),
-    (methods.REPLAY, 0.5, 1e-2, 2.0),
+    (methods.REPLAY, 0.5, 2e-2, 2.0),
+    (methods.REPLAY, 0.75, 1e-2, 2.0),
 ]
 """Tried on the tasks with new words, too."""
 ROOM = [
@@ -108,11 +107,16 @@ def room_jobs(scope: Scope) -> list[Job]:
 
 
 def gap_jobs(scope: Scope, best: dict[str, Job]) -> list[Job]:
-    """What is kept of an old skill that the text does not hold."""
-    return [
-        replace(best[method], task=task, seed=seed, lacks=LACKS)
-        for method in GAP
+    """What is kept of an old skill that the text does not hold, at the best and the promising."""
+    settings = [best[method] for method in GAP if method in scope.methods]
+    settings += [
+        Job(method, "", rate, ratio, steps=scope.steps, weight_decay=decay)
+        for method, ratio, rate, decay in PROMISING
         if method in scope.methods
+    ]
+    return [
+        replace(setting, task=task, seed=seed, lacks=LACKS)
+        for setting in settings
         for task in SCREENED
         for seed in scope.seeds
     ]

@@ -1,41 +1,29 @@
 """One training of the retention benchmark and what comes of it, and many of them side by side.
 
 Used by `retention`, which puts the folders of these modules on the path, and by `retention_stages`,
-which says which trainings there are. Every process opens the same base model and the same texts.
+which says which trainings there are.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pretrain
 import retention_methods as methods
-import skills
 import torch
+from retention_bases import Base, answers_only
 from retention_tasks import NEW, OLD, Task, old_beside
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    get_cosine_schedule_with_warmup,
-)
+from torch.nn.functional import pad
+from transformers import get_cosine_schedule_with_warmup
 
-from osft_trainer.self_sampling import sample_conversations
-
-STEPS, BATCH, WARMUP, EVALUATE_EVERY, HELD_OUT = 500, 16, 20, 25, 128
+STEPS, BATCH, WARMUP, EVALUATE_EVERY = 500, 16, 20, 25
 LEARNED = 0.99
-TEXT_SAMPLES = 12 * 96
-"""Samples of old text that a method may read: twelve batches of the pre-training."""
 
 
 @dataclass(frozen=True)
@@ -77,61 +65,28 @@ class Outcome:
 
 
 class Bench:
-    """The base model and the texts, as every process of the benchmark has them."""
+    """The base models, and what is made of them."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what `prepare` has left in the folder."""
-        self.folder = folder
-        self.base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        """`folder`: where `retention_bases.prepare` has left them."""
+        self._folder = folder
+        self._bases: dict[int, Base] = {}
 
-    @staticmethod
-    def prepare(folder: Path, steps: int, say: Any = print) -> None:
-        """Train the base model, and let it write its own text."""
-
-        def progress(step: int, loss: float) -> None:
-            if step % 200 == 0:
-                say(f"  step {step}, loss {loss:.4f}", flush=True)
-
-        pretrain.pretrain(
-            folder, [task.name for task in OLD], steps=steps, progress=progress, whole_text=True
-        )
-        bench = Bench(folder)
-        lines = sample_conversations(
-            bench.base, bench.tokenizer, tokens=TEXT_SAMPLES * 17, max_seq_len=40, seed=0
-        )
-        (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def tokens(self, chats: Iterable[dict]) -> Tensor:
-        """[chats, T] token numbers; chats of one task have one length."""
-        return pretrain.encode(self.tokenizer, list(chats))
-
-    def text(self, job: Job) -> list[Tensor]:
-        """What a method may read, [chats, T] for each length.
-
-        The old skills' text, or what the model wrote itself.
-        """
-        if job.method not in methods.READ_OWN_TEXT or job.lacks is not None:
-            held = [task for task in OLD if task.name != job.lacks]
-            each = TEXT_SAMPLES // len(held)
-            return [
-                self.tokens([chat for task in held for chat in task.samples(each, "retention")])
-            ]
-        chats = [json.loads(line) for line in (self.folder / "own.jsonl").open()]
-        # What the model writes is not always as long as what it learned.
-        by_length: dict[int, list[dict]] = {}
-        for chat in chats:
-            by_length.setdefault(self.tokens([chat]).shape[1], []).append(chat)
-        return [self.tokens(by_length[length]) for length in sorted(by_length)]
+    def base(self, seed: int) -> Base:
+        """The base model of a seed."""
+        if seed not in self._bases:
+            self._bases[seed] = Base(self._folder, seed)
+        return self._bases[seed]
 
     def run(self, job: Job) -> Outcome:
         """Train and measure."""
         began = time.monotonic()
         torch.manual_seed(job.seed)
-        task = NEW[job.task]
-        text = self.text(job)
+        base, task = self.base(job.seed), NEW[job.task]
+        own = job.method in methods.READ_OWN_TEXT and job.lacks is None
+        text = base.own_text() if own else base.old_text(job.lacks)
         rows = [row for alike in text for row in methods.as_rows(alike)]
-        made = methods.METHODS[job.method](copy.deepcopy(self.base), job.ratio, rows)
+        made = methods.METHODS[job.method](base.model(), job.ratio, rows)
         replayed = Replayed(text, job.seed) if job.method in methods.REPLAYED else None
         optimizer = torch.optim.AdamW(
             made.parameters,
@@ -141,10 +96,10 @@ class Bench:
             foreach=True,  # many small matrices
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, job.steps)
-        data = self.tokens(task.samples(job.steps * BATCH, f"train/{job.seed}"))
+        data = base.samples(task, job.steps * BATCH, f"train/{job.seed}")
         learned_at, old_then = None, None
+        made.hf.train()
         for step, batch in enumerate(data.split(BATCH), start=1):
-            made.hf.train()
             batches = [batch] if replayed is None else [batch, *replayed.next()]
             mean_loss(made.hf, batches).backward()
             made.before_clipping()
@@ -154,35 +109,19 @@ class Bench:
             optimizer.zero_grad()
             schedule.step()
             due = step % EVALUATE_EVERY == 0 and learned_at is None
-            if due and self.score(made.hf, task) >= LEARNED:
-                learned_at, old_then = step, self.old(made.hf, task)
-        lacking = [self.score(made.hf, task) for task in OLD if task.name == job.lacks]
+            if due and base.score(made.hf, task) >= LEARNED:
+                learned_at, old_then = step, _old(base, made.hf, task)
+        lacking = [base.score(made.hf, task) for task in OLD if task.name == job.lacks]
         return Outcome(
-            job, self.score(made.hf, task), self.old(made.hf, task, job.lacks), learned_at,
+            job, base.score(made.hf, task), _old(base, made.hf, task, job.lacks), learned_at,
             old_then, time.monotonic() - began, *lacking,
         )  # fmt: skip
 
-    def before(self) -> dict[str, float]:
-        """What the base model answers of everything, old and new."""
-        return {task.name: self.score(self.base, task) for task in [*OLD, *NEW.values()]}
 
-    def old(self, hf: nn.Module, new: Task, lacks: str | None = None) -> float:
-        """Mean score of the old skills, but for one."""
-        held = [task for task in old_beside(new) if task.name != lacks]
-        return statistics.mean(self.score(hf, task) for task in held)
-
-    @torch.no_grad()
-    def score(self, hf: nn.Module, task: Task) -> float:
-        """Share of held-out questions whose every answer token is the most likely one.
-
-        Given the right beginning, each token of the answer must come first: that is the same as
-        answering exactly when decoding greedily.
-        """
-        hf.eval()
-        tokens = self.tokens(task.samples(HELD_OUT, "held out"))
-        wanted = answers_only(tokens)[:, 1:]
-        found = hf(input_ids=tokens).logits[:, :-1].argmax(-1)
-        return float(((found == wanted) | (wanted == -100)).all(1).float().mean())
+def _old(base: Base, hf: nn.Module, new: Task, lacks: str | None = None) -> float:
+    """Mean score of the old skills, but for one."""
+    held = [task for task in old_beside(new) if task.name != lacks]
+    return statistics.mean(base.score(hf, task) for task in held)
 
 
 class Replayed:
@@ -209,21 +148,18 @@ class Replayed:
 
 
 def mean_loss(hf: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """Mean over the answer tokens of all batches; of what the model wrote, over its last words."""
-    labels = [answers_only(batch) for batch in batches]
-    counts = [int((of_batch[:, 1:] != -100).sum()) for of_batch in labels]
-    sums = [
-        hf(input_ids=batch, labels=of_batch).loss * count
-        for batch, of_batch, count in zip(batches, labels, counts, strict=True)
-    ]
-    return torch.stack(sums).sum() / sum(counts)
+    """Mean over the answer tokens of all batches; of what the model wrote, over its last words.
 
-
-def answers_only(tokens: Tensor) -> Tensor:
-    """Labels of the answer and its end."""
-    labels = tokens.clone()
-    labels[:, : -(skills.LENGTH + 1)] = -100
-    return labels
+    All go through the model at once: what stands behind a shorter one is seen by none of its
+    tokens, and has no label.
+    """
+    longest = max(batch.shape[1] for batch in batches)
+    pairs = [(batch, answers_only(batch)) for batch in batches]
+    room = [(0, longest - batch.shape[1]) for batch in batches]
+    tokens = [pad(batch, by) for (batch, _), by in zip(pairs, room, strict=True)]
+    labels = [pad(of_batch, by, value=-100) for (_, of_batch), by in zip(pairs, room, strict=True)]
+    loss: Tensor = hf(input_ids=torch.cat(tokens), labels=torch.cat(labels)).loss
+    return loss
 
 
 _bench: list[Bench] = []

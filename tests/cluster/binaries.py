@@ -68,10 +68,15 @@ class Binaries:
         return Path(found)
 
 
+def cache_home() -> Path:
+    """Where what tests make once stays between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "osft"
+
+
 def cache() -> Path:
     """Where built binaries stay between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "osft" / "control-plane" / RECIPE
+    return cache_home() / "control-plane" / RECIPE
 
 
 def find() -> Binaries | None:

@@ -138,7 +138,7 @@ READ_OWN_TEXT = (OWN_TEXT, *REPLAYED)
 WITHOUT_RATIO = (PLAIN, PLAIN_REPLAY)
 
 
-def as_rows(tokens: Tensor, at_once: int = 96) -> list[Row]:
-    """[samples, T] of one length as packed rows."""
+def as_rows(tokens: Tensor, at_once: int = 16) -> list[Row]:
+    """[samples, T] of one length as packed rows, short ones: attention costs their square."""
     places = torch.arange(tokens.shape[1])
     return [(part.reshape(1, -1), places.repeat(len(part))[None]) for part in tokens.split(at_once)]

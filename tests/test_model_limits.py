@@ -106,13 +106,20 @@ def test_a_model_writes_no_more_than_its_positions(tmp_path: Path, documents: bo
     changes: dict[str, Any] = {"is_pretraining": True, "block_size": 64} if documents else {}
     changes.update(split_by="activations", retention_tokens=900)
     data = write(tmp_path / "d.jsonl", *[{"text": "abc" * 9} if documents else row()] * 9)
-    told = tiny.training(base, data, tmp_path / "out", **changes)
-    assert tiny.run(told).steps > 0
-    too_long = tiny.training(base, data, tmp_path / "other", **{**changes, "max_seq_len": 65})
-    with pytest.raises(
-        ValueError, match="retention_data_path: max_seq_len 65 is more than the 64 positions"
-    ):
-        tiny.run(too_long)
+    assert everything(base, data, tmp_path / "out", **changes) == []
+    planned, run = everything(base, data, tmp_path / "other", **{**changes, "max_seq_len": 65})
+    assert planned == run
+    assert run.startswith("retention_data_path: max_seq_len 65 is more than the 64 positions")
+
+
+def test_plain_text_for_a_spectrum_is_held_to_the_same(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("what is old is kept; " * 20, encoding="utf-8")
+    short = gpt2_folder(tmp_path / "short", positions=LONGEST)
+    assert measure(str(short), text, [0.1], tolerance=0.1, max_tokens=99).loss is not None
+    base = tiny.model_folder(tmp_path / "model", vocab_size=50)
+    with pytest.raises(ValueError, match=r"--data: the token id \d+ is in the data"):
+        measure(str(base), text, [0.1], tolerance=0.1, max_tokens=99)
 
 
 def test_a_sample_beyond_what_a_model_was_made_for_is_said_once(

@@ -27,20 +27,45 @@ def check_fits(hf: PreTrainedModel, data: PreparedData, name: str) -> None:
     Raises:
         ValueError: names the parameter, what is beyond, and what to do.
     """
-    rows = hf.get_input_embeddings().weight.shape[0]
-    if data.largest_id >= rows:
-        raise ValueError(
-            f"{name}: the token id {data.largest_id} is in the data, and the embedding of the "
-            f"model at model_path has rows for the ids 0 to {rows - 1} only: give the tokenizer "
-            "that belongs to the model, or resize the model's embeddings to it "
-            "(resize_token_embeddings) and save both"
-        )
+    check_ids(hf, data.largest_id, name)
     positions = table_of_positions(hf)
     if positions is not None and data.longest > positions:
         raise ValueError(
             f"max_seq_len: a sample of {name} has {data.longest} tokens, and the model at "
             f"model_path has a table of {positions} positions: set max_seq_len (of documents "
             f"block_size) to at most {positions}, and on_overlong to drop or truncate"
+        )
+
+
+def check_ids(hf: PreTrainedModel, largest: int, name: str) -> None:
+    """Refuse data whose largest token id the model has not; `name` is their parameter.
+
+    Raises:
+        ValueError: names the parameter, the id, and what to do.
+    """
+    rows = hf.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"{name}: the token id {largest} is in the data, and the embedding of the model at "
+            f"model_path has rows for the ids 0 to {rows - 1} only: give the tokenizer that "
+            "belongs to the model, or resize the model's embeddings to it "
+            "(resize_token_embeddings) and save both"
+        )
+
+
+def check_own_text(hf: PreTrainedModel, max_seq_len: int) -> None:
+    """Refuse to let the model write texts of more tokens than it has positions for.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    positions = table_of_positions(hf)
+    if positions is not None and positions < max_seq_len:
+        raise ValueError(
+            f"retention_data_path: max_seq_len {max_seq_len} is more than the {positions} "
+            "positions that the model has a table of, and without this path it writes texts of "
+            f"that length itself: set max_seq_len to at most {positions}, or give a file with "
+            "text of the old skills"
         )
 
 

@@ -19,6 +19,7 @@ from osft_trainer.bases import singular_values
 from osft_trainer.config import TrainingParameters
 from osft_trainer.memory import converted, empty_model, memory_of
 from osft_trainer.model import load_model
+from osft_trainer.model_limits import check_own_text
 from osft_trainer.order import epoch_order
 from osft_trainer.packing import batches_per_epoch, pack
 from osft_trainer.parallel import World
@@ -66,6 +67,8 @@ def make_report(
     text = None
     if training.retention_data_path is not None:
         text = prepare_retention(training, folder, world, hf, base_digest="")
+    elif training.text_decides:
+        check_own_text(hf, training.max_seq_len)
     steps = total_steps(training, prepared)
     learning_rates(training, steps)
     passes = _passes_per_step(prepared, training, processes, text)

@@ -29,7 +29,7 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.data import CHAT, form_of, open_prepared, prepare
 from osft_trainer.durable import write_file
 from osft_trainer.model import load_tokenizer
-from osft_trainer.model_limits import check_fits, table_of_positions
+from osft_trainer.model_limits import check_fits, check_own_text
 from osft_trainer.order import epoch_order
 from osft_trainer.packing import collate
 from osft_trainer.parallel import World
@@ -181,13 +181,7 @@ def _sampled(
     if hf is None:
         raise ValueError(f"what the model wrote for the run is gone: {path} is needed")
     logger.info("no retention_data_path: the model writes %d tokens", tokens)
-    positions = table_of_positions(hf)
-    if positions is not None and positions < length:
-        raise ValueError(
-            f"max_seq_len {length} is more than the {positions} positions that the model has a "
-            "table of, and without this path it writes texts of that length itself: set "
-            f"max_seq_len to at most {positions}, or give a file with text of the old skills"
-        )
+    check_own_text(hf, length)
     with on_device(hf, world):
         if training.is_pretraining:
             samples = sample_documents(

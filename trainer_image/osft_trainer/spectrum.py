@@ -24,7 +24,7 @@ from osft_trainer.base_model import local_folder
 from osft_trainer.data import prepare
 from osft_trainer.forward import loss_tokens, packed_loss
 from osft_trainer.model import load_model, load_tokenizer
-from osft_trainer.model_limits import check_fits, table_of_positions
+from osft_trainer.model_limits import check_fits, check_ids, table_of_positions
 from osft_trainer.packing import MicroBatch, collate
 from osft_trainer.plan_report import pattern_of
 from osft_trainer.subspace import free_rank
@@ -222,9 +222,11 @@ def _batches(
     if data.suffix == ".txt":
         text = data.read_text(encoding="utf-8")
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens])
-        samples = [(part, part) for part in torch.split(ids, BLOCK_TOKENS) if len(part) > 1]
+        length = min(BLOCK_TOKENS, table_of_positions(hf) or BLOCK_TOKENS)
+        samples = [(part, part) for part in torch.split(ids, length) if len(part) > 1]
         if not samples:
             raise ValueError(f"--data: {data} holds no text")
+        check_ids(hf, int(ids.max()), "--data")
         return [collate([sample]) for sample in samples]
     with tempfile.TemporaryDirectory(prefix="osft-spectrum-") as cache:
         prepared = prepare(

@@ -16,6 +16,7 @@ import tiny
 from osft_trainer import durable, export
 from osft_trainer.durable import work_folder
 from osft_trainer.export import base_digest, base_dtype, export_hf
+from osft_trainer.masters import fill_masters
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.report import RunFolder
@@ -88,6 +89,40 @@ def test_a_base_that_loading_has_rounded_comes_back_bit_for_bit(
     for name, tensor in old.items():
         assert new[name].dtype == held
         assert torch.equal(new[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("parameterization", ["exact", "dense"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_begins_with_the_numbers_of_the_files(
+    family: str, parameterization: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Norms, embeddings and biases, and without a split the matrices, too."""
+    base = tmp_path / "base"
+    tiny_model(family).save_pretrained(base)
+    model = load_model(base, torch.bfloat16)
+    osft = convert(model, plan_targets(model, 0.3, parameterization, other_parameters="all"))
+    before = {name: p.clone() for name, p in osft.trainables().items()}
+    fill_masters(model, base, torch.bfloat16)
+    changed = {n for n, p in osft.trainables().items() if not torch.equal(p, before[n])}
+    assert any("embed_tokens" in name or "wte" in name for name in changed)
+    # Experts lie in the files one by one, and are put together when they are loaded.
+    together = parameterization == "dense" and ".experts." in " ".join(before)
+    assert ("start as compute_dtype has rounded them" in caplog.text) == together
+    export_hf(osft, base, tmp_path / "out", ALONE)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    for name, tensor in old.items():
+        assert torch.equal(new[name], tensor) or (together and ".experts." in name), name
+
+
+def test_a_run_in_bfloat16_begins_with_the_numbers_of_the_files(tmp_path: Path) -> None:
+    """One step so short that it moves nothing by more than rounding to bfloat16 would."""
+    base, data = tiny.model_folder(tmp_path / "base"), tiny.data_file(tmp_path / "data.jsonl")
+    told = tiny.training(
+        base, data, tmp_path / "out", compute_dtype="bfloat16", other_parameters="all",
+        learning_rate=1e-9, warmup_steps=0, training_mode="step", max_steps=1,
+    )  # fmt: skip
+    old, new = _weights(base), _weights(tiny.run(told).final_dir)
+    assert all((new[name] - tensor).abs().max() < 1e-7 for name, tensor in old.items())
 
 
 @pytest.mark.parametrize("parameterization", ["exact", "factored"])

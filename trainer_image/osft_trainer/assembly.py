@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
 from osft_trainer.importance import importance_of_run
 from osft_trainer.liger import apply_liger
+from osft_trainer.masters import fill_masters
 from osft_trainer.model import OSFTModel, convert, load_model, load_tokenizer
 from osft_trainer.model_limits import check_fits, warn_beyond
 from osft_trainer.parallel import World, shard
@@ -125,6 +127,7 @@ def build_model(
     if text is not None:
         _write_retention(text, bases, folder, world)
     model = convert(hf, plan, decompose=bases.decompose, fused_loss=liger_off is None)
+    fill_masters(hf, Path(training.model_path), dtype)
     if training.torch_compile:
         compile_blocks(hf, world.device)
     shard(model, world)

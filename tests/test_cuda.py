@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import tiny
 from osft_trainer import worker
 from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.exchange import full
-from osft_trainer.liger import apply_liger
+from osft_trainer.liger import apply_liger, undone_afterwards
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients, shard, split_over_ranks, start_world
@@ -42,6 +43,16 @@ PLACES = [
         ],
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_code_afterwards() -> Iterator[None]:
+    """Liger's rotation is bound for every model of a family in this process, those on the CPU, too.
+
+    What a test measures by comes first, then what it patches.
+    """
+    with undone_afterwards():
+        yield
 
 
 def build(
@@ -117,11 +128,21 @@ def test_steps_agree_with_float32_without_kernels(
 ) -> None:
     """On CUDA with every Liger kernel of the family, its fused loss, and the fused AdamW."""
     world = World(0, 0, 1, torch.device(kind))
+    expected = plain(family)
     model = build(family, dtype, world.device, liger=True, selective=selective)
     shard(model, world)
     assert {p.dtype for p in model.trainables().values()} == {torch.float32}
-    assert_close(train(model, world), plain(family), dtype)
+    assert_close(train(model, world), expected, dtype)
     assert model.leak() < 1e-5
+
+
+def test_after_the_kernels_nothing_on_the_cpu_can_be_measured_by() -> None:
+    """Why `own_code_afterwards` is here; patching runs nothing, so any machine can do it."""
+    with undone_afterwards():
+        build("llama", torch.bfloat16, torch.device("cuda"), liger=True)
+        with pytest.raises((RuntimeError, ValueError)):
+            plain("llama")
+    assert plain("llama")[0]
 
 
 def train_sharded(out: Path, kind: str, dtype: torch.dtype, selective: bool) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from osft_trainer import forward
 from osft_trainer.attention import select
 from osft_trainer.forward import loss_tokens, next_token_labels, packed_forward, packed_loss
-from osft_trainer.liger import apply_liger
+from osft_trainer.liger import apply_liger, undone_afterwards
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.packing import collate
 from osft_trainer.parallel import World, clip_gradients
@@ -305,10 +305,12 @@ def test_liger_on_cuda_gives_the_same_loss() -> None:
     batch = {name: value.cuda() for name, value in packed_batch(LENGTHS).items()}
     plain = tiny_model("llama").cuda()
     expected = packed_loss(plain, **batch)
-    model = tiny_model("llama").cuda()
-    assert apply_liger(model, True, torch.device("cuda")) is None
-    fused = convert(model, plan_targets(model, 0.3), fused_loss=True)
-    loss = fused(**batch)
-    loss.backward()
+    # Liger's rotation is bound for every model of the family in this process.
+    with undone_afterwards():
+        model = tiny_model("llama").cuda()
+        assert apply_liger(model, True, torch.device("cuda")) is None
+        fused = convert(model, plan_targets(model, 0.3), fused_loss=True)
+        loss = fused(**batch)
+        loss.backward()
     assert torch.allclose(loss, expected, rtol=1e-4)
     assert all(p.grad is not None for p in fused.trainables().values())

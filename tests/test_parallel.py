@@ -26,7 +26,7 @@ from osft_trainer.parallel import (
     stop_world,
     sum_over_ranks,
 )
-from osft_trainer.targets import plan_targets
+from osft_trainer.targets import decoder_blocks, plan_targets
 from tiny_models import packed_batch, save_tiny_model, tiny_model
 
 STEPS = 6
@@ -139,6 +139,29 @@ def test_sharded_export_equals_the_export_of_one(
     for name, tensor in one.items():
         assert torch.allclose(many[name], tensor, atol=1e-4), name
     assert not list(folder.glob(f".out-{size}.*")), "nothing half written"
+
+
+def gather_plain() -> None:
+    """One of two ranks that train every weight of a bfloat16 model."""
+    world = start_world("cpu", timeout=timedelta(seconds=60))
+    hf = tiny_model("llama").to(torch.bfloat16)
+    model = convert(hf, plan_targets(hf, 0.3, "dense", other_parameters="all"))
+    shard(model, world)
+    gathered: set[torch.dtype] = set()
+    _, blocks = decoder_blocks(model.hf)
+    blocks[0].register_forward_pre_hook(
+        lambda block, _: gathered.update(p.dtype for p in block.parameters())
+    )
+    model(**packed_batch([5, 6, 4])).backward()
+    assert gathered == {torch.bfloat16}, gathered
+    kept = [tensor.dtype for p in model.trainables().values() for tensor in (p, p.grad)]
+    assert set(kept) == {torch.float32}
+    stop_world(world)
+
+
+def test_float32_masters_travel_in_the_type_of_the_arithmetic() -> None:
+    """Also where nothing is frozen whose type could tell."""
+    assert tiny.finish(tiny.start_ranks(gather_plain, 2, [()] * 2)) == [0, 0]
 
 
 def test_one_process_uses_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

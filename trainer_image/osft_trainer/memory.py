@@ -141,7 +141,7 @@ def memory_of(
         startup=startup,
         saving=trained * (4 + ADAM_BYTES),
         gathered=_gathered(model, processes),
-        activations=_activations(model.hf, tokens, activation_checkpointing, selective),
+        activations=_activations(model, tokens, activation_checkpointing, selective),
     )
 
 
@@ -175,7 +175,7 @@ def _share(tensor: Tensor, processes: int) -> int:
 
 
 def _gathered(model: OSFTModel, processes: int) -> int:
-    width = _compute_bytes(model.hf)
+    width = model.compute_dtype.itemsize
     largest = max((s.effective.numel() for _, s in model.subspaces()), default=0)
     update = 2 * 4 * largest // processes
     if processes == 1:
@@ -187,7 +187,7 @@ def _gathered(model: OSFTModel, processes: int) -> int:
 
 
 def _activations(
-    hf: PreTrainedModel, tokens: int, activation_checkpointing: bool, selective: bool
+    model: OSFTModel, tokens: int, activation_checkpointing: bool, selective: bool
 ) -> int:
     """What one pass holds, from the shapes of the modules.
 
@@ -195,10 +195,10 @@ def _activations(
     hidden state for norms and residuals; logits and their gradient in float32. What selective
     recomputation keeps: each matrix's output once, attention's, and the block's input.
     """
-    config = hf.config
-    width = _compute_bytes(hf)
+    config = model.hf.config
+    width = model.compute_dtype.itemsize
     hidden = int(config.hidden_size)
-    _, blocks = decoder_blocks(hf)
+    _, blocks = decoder_blocks(model.hf)
     each = [tokens * width * (2 * _outputs(block, config) + 4 * hidden) for block in blocks]
     chunked = config.model_type in PACKED_FAMILIES
     logits = (min(tokens, _LOGIT_TOKENS) if chunked else tokens) * int(config.vocab_size)
@@ -225,7 +225,3 @@ def _outputs(block: nn.Module, config: object) -> int:
             wide = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3]
             found += sum(max(shape[1:]) for shape in wide)
     return found
-
-
-def _compute_bytes(hf: PreTrainedModel) -> int:
-    return next((p.element_size() for p in hf.parameters() if not p.requires_grad), 4)

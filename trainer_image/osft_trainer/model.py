@@ -58,6 +58,13 @@ class OSFTModel(nn.Module):
         fused = self.fused_loss
         return packed_loss(self.hf, input_ids, position_ids, labels, fused, lengths, places)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the arithmetic: that of what is frozen, or what float32 masters stand for."""
+        frozen = (p.dtype for p in self.parameters() if not p.requires_grad)
+        masters = (m.compute_dtype for m in self.modules() if isinstance(m, MasterParameter))
+        return next(frozen, next(masters, self.hf.dtype))
+
     def trainables(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by name, in a stable order; DTensors after `parallel.shard`."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}

@@ -100,9 +100,7 @@ def split_over_ranks(model: OSFTModel, world: World) -> None:
     mesh = init_device_mesh(world.device.type, (world.size,))
     for _, subspace in model.subspaces():
         _shard_buffers(subspace, mesh)
-    # Where everything is trained nothing is frozen, and the model computes in its own type.
-    frozen = (p.dtype for p in model.parameters() if not p.requires_grad)
-    dtype = next(frozen, model.hf.dtype)
+    dtype = model.compute_dtype
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )

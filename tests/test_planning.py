@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_bytes_are_those_of_a_real_rank(base: Path, tmp_path: Path) -> None:
     planned = planned_bytes(base, told, 2)
     ranks = tiny.start_ranks(check_rank, 2, [(base, told, planned)] * 2)
     assert tiny.finish(ranks) == [0, 0]
+
+
+def test_a_pinned_copy_takes_powers_of_two(base: Path) -> None:
+    """CachingHostAllocator.h rounds every block up; nothing that is pinned can be measured here."""
+    hf = empty_model(base, torch.float32)
+    model = converted(hf, plan_targets(hf, 0.3))
+    told: dict[str, Any] = {
+        "processes": 1, "tokens": 64, "activation_checkpointing": True, "accumulates": False
+    }  # fmt: skip
+    sizes = [4 * p.numel() for p in model.trainables().values()]
+    assert memory_of(model, **told).saving == 3 * sum(sizes)
+    rounded = [2 ** math.ceil(math.log2(size)) for size in sizes]
+    assert memory_of(model, pinned=True, **told).saving == 3 * sum(rounded) > 3 * sum(sizes)
 
 
 def test_gradients_are_whole_between_the_passes_of_a_step(base: Path) -> None:

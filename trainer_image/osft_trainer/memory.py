@@ -55,7 +55,7 @@ class Memory:
     shared out. The bases are mapped from their files, for all ranks of a node together."""
     saving: int
     """Host memory of one rank from the first save on: its copy of what is trained and both moments,
-    into which every state is taken; pinned on CUDA."""
+    into which every state is taken; pinned on CUDA, where each tensor takes a power of two."""
     gathered: int
     """Estimate: parameters of two blocks and of the rest as FSDP gathers them, and the product that
     the largest target's update needs."""
@@ -110,6 +110,7 @@ def memory_of(
     activation_checkpointing: bool,
     accumulates: bool,
     selective: bool = False,
+    pinned: bool = False,
 ) -> Memory:
     """Count one rank's share.
 
@@ -120,9 +121,10 @@ def memory_of(
         activation_checkpointing: blocks are computed again in backward.
         accumulates: a step has several passes, between which whole gradients are kept.
         selective: of what is computed again, products and attention are kept.
+        pinned: a save's copy lies in pinned memory, as on CUDA.
     """
     bytes_of: dict[str, int] = dict.fromkeys(("effective", "base", "bases", "frozen"), 0)
-    trained = trained_whole = startup = 0
+    trained = trained_whole = startup = saving = 0
     for kind, tensor in _tensors(model.hf):
         size = _share(tensor, 1 if kind == "buffer" else processes)
         if kind not in ("trained", "bases"):
@@ -130,6 +132,8 @@ def memory_of(
         if kind == "trained":
             trained += size // tensor.element_size()
             trained_whole += tensor.numel()
+            # The value and both moments.
+            saving += 3 * (_power_of_two(size) if pinned else size)
         else:
             bytes_of["frozen" if kind == "buffer" else kind] += size
     whole_gradients = accumulates and processes > 1
@@ -139,7 +143,7 @@ def memory_of(
         gradients=(trained_whole if whole_gradients else trained) * GRADIENT_BYTES,
         adam=trained * ADAM_BYTES,
         startup=startup,
-        saving=trained * (4 + ADAM_BYTES),
+        saving=saving,
         gathered=_gathered(model, processes),
         activations=_activations(model, tokens, activation_checkpointing, selective),
     )
@@ -172,6 +176,11 @@ def _share(tensor: Tensor, processes: int) -> int:
         return tensor.element_size()
     rows = -(-tensor.shape[0] // processes)
     return rows * tensor.shape[1:].numel() * tensor.element_size()
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that holds so many bytes: what torch's allocator of pinned memory takes."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _gathered(model: OSFTModel, processes: int) -> int:

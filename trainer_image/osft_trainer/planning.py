@@ -79,6 +79,7 @@ def make_report(
         activation_checkpointing=training.activation_checkpointing,
         selective=training.selective_activation_checkpointing,
         accumulates=passes > 1,
+        pinned=device == "cuda",
     )
     return Report(
         model_path=str(base),

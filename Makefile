@@ -55,8 +55,10 @@ bench-train: $(VENV)/.dev ## a training step beside plain fine-tuning, PEFT's OS
 	PYTHONPATH=tests $(BIN)/python -m bench.train_step $(ARGS)
 
 bench-gpu: $(VENV)/.dev  ## the same on CUDA, with mini_trainer where it is installed
-	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape qwen2.5-1.5b $(ARGS)
-	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape llama-3.1-8b $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape qwen2.5-1.5b \
+		--turn-minutes 5 $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.train_step --device cuda --shape llama-3.1-8b \
+		--turn-minutes 5 --random-bases $(ARGS)
 
 bench-recompute: $(VENV)/.dev ## keeping, recomputing and compiling a block: time and memory
 	PYTHONPATH=tests $(BIN)/python -m bench.recompute $(ARGS)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
+import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import tiny
-from bench import shapes
+from bench import shapes, train_step, turns
 from bench.methods import CUDA_ONLY, METHODS, PLAIN, Setting
 from bench.tables import training_table
 from osft_trainer.parallel import World
@@ -41,6 +46,21 @@ def test_a_method_trains_saves_and_exports(name: str, base: Path, tmp_path: Path
     started = AutoModelForCausalLM.from_pretrained(base)
     name_of = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(exported.get_parameter(name_of), started.get_parameter(name_of))
+
+
+@pytest.mark.parametrize("name", ["OSFT exact", "OSFT factored", "OSFT activations", "PEFT OSF"])
+def test_a_step_is_the_same_work_with_random_bases(name: str, base: Path, tmp_path: Path) -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    held = []
+    for random_bases in (False, True):
+        setting = Setting(
+            base, tmp_path, world, torch.bfloat16, 0.25, False, False, random_bases=random_bases
+        )
+        method = METHODS[name](setting)
+        assert math.isfinite(method.step(torch.arange(64)[None] % 50))
+        assert ("decompose" in method.seconds) != random_bases
+        held.append((method.static_bytes(), [p.shape for p in method.trainables.values()]))
+    assert held[0] == held[1]
 
 
 def numbers(steps: list[float], **changes: Any) -> dict[str, Any]:
@@ -80,6 +100,88 @@ def test_the_table_gives_ratios_of_the_same_round() -> None:
     assert cells[:7] == ["OSFT", "1.800", "**0.90**", "0.50 to 1.10", "56", "1.000", "1.00"]
     assert cells[7:10] == ["2.0", "0.50", "6%"]
     assert cells[10:] == ["0.50", "2.00", "", "1.000", "1.00", ""]
+
+
+def test_what_is_known_of_a_method_outlives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One turn ends well, one dies while it saves, one takes too long, one says nothing."""
+    told = argparse.Namespace(
+        rounds=2, minutes=None, turn_minutes=1.0, device="cpu", shape="quick", base=tmp_path,
+        steps=2, tokens=8, ratio=0.25, random_bases=True,
+    )  # fmt: skip
+    kept: list[tuple[dict[str, Any], dict[str, str]]] = []
+
+    def run(command: list[str], stdout: Any, **_: Any) -> Any:
+        name, turn = command[3].removeprefix("--only="), command[-2].removeprefix("--turn=")
+        if name == "silent":
+            return subprocess.CompletedProcess(command, 1)
+        steps = [3.0, 1.0, 2.0] if turn == "0" else [5.0, 6.0, 7.0]
+        stdout.write(f"a bar\n{json.dumps(numbers(steps))}\n")
+        if name == "slow":
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(command, 137 if name == "killed" else 0)
+
+    monkeypatch.setattr(turns.subprocess, "run", run)
+    names = ["good", "killed", "slow", "silent"]
+    turns.one_by_one(names, told, tmp_path, lambda found, failed: kept.append((found, {**failed})))
+    assert len(kept) == 5, "after each turn"
+    found, failed = kept[-1]
+    seconds = {name: one["step_seconds"] for name, one in found.items()}
+    assert seconds == {"good": [2.0, 6.0], "killed": [3.0, 1.0, 2.0], "slow": [3.0, 1.0, 2.0]}
+    assert "exit code 137" in failed["killed"]
+    assert "60 seconds" in failed["slow"]
+    assert "exit code 1," in failed["silent"]
+    assert not any((tmp_path / str(number)).exists() for number in range(4))
+
+
+def test_a_turn_says_its_steps_before_its_files(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    method = METHODS["OSFT core"](Setting(base, tmp_path, world, torch.float32, 0.25, False, False))
+    told = argparse.Namespace(steps=3, turn=0, rounds=1, work=tmp_path)
+    free = 2**40
+    monkeypatch.setattr(
+        turns.shutil, "disk_usage", lambda _: argparse.Namespace(total=free, used=0, free=free)
+    )
+    turns.take(method, torch.arange(64)[None] % 50, told)
+    steps, whole = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(steps["step_seconds"]) == 3
+    assert steps["saved_bytes"] is None
+    assert whole["step_seconds"] == steps["step_seconds"]
+    assert whole["saved_bytes"] > 0
+    assert not (tmp_path / "cache").exists()
+    free = 0
+    assert turns.of_files(method, tmp_path) == {}
+
+
+def test_an_earlier_result_is_added_to(base: Path) -> None:
+    setting = {"device": "cuda", "torch": "2", "random_bases": True}
+    before = {**setting, "date": "1", "methods": {PLAIN: 1, "OSFT core": 2}, "failed": {"x": "so"}}
+    now = {**setting, "date": "2", "methods": {"OSFT exact": 3, PLAIN: 4}, "failed": {}}
+    both = train_step.added(before, now)
+    assert list(both["methods"].items()) == [(PLAIN, 4), ("OSFT exact", 3), ("OSFT core", 2)]
+    assert (both["date"], both["failed"]) == ("2", {"x": "so"})
+    with pytest.raises(ValueError, match="another torch"):
+        train_step.added({**before, "torch": "3"}, now)
+
+
+def test_an_embedding_that_is_only_looked_up_multiplies_nothing() -> None:
+    every, multiplied = shapes.counted("llama-3.1-8b")
+    assert every - multiplied == 128256 * 4096
+    assert len(set(shapes.counted("qwen2.5-1.5b"))) == 1, "tied: the head multiplies with it"
+    for shape in ("quick", "llama-27m"):
+        model_class, config_class, values = shapes.SHAPES[shape]
+        with torch.device("meta"):
+            model = model_class(config_class(**values, attn_implementation="eager"))
+        tokens = 128
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+        with FlopCounterMode(display=False) as flops:
+            model(input_ids=ids, position_ids=ids).logits.sum().backward()
+        # The first layer's input needs no gradient.
+        counted = shapes.step_flops(shape, shapes.counted(shape)[1], tokens)
+        assert flops.get_total_flops() == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -20,19 +20,22 @@ from transformers import PreTrainedModel
 import tiny
 from osft_trainer.attention import use_variable_length
 from osft_trainer.blocks import enable_activation_checkpointing
-from osft_trainer.decomposition import prepare
+from osft_trainer.decomposition import part_shapes, prepare
 from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
 from osft_trainer.liger import apply_liger
-from osft_trainer.model import OSFTModel, convert, load_model
+from osft_trainer.model import Decompose, OSFTModel, convert, load_model
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.shards import HostCopy, write_rows
-from osft_trainer.targets import plan_targets
+from osft_trainer.subspace import Split
+from osft_trainer.targets import Plan, Target, plan_targets
 
 LORA_RANK = 32
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Matrices of the benchmarks' models that are fed what another one is."""
 TEXT_CONVERSATIONS = 400
 """Some 12,000 tokens: more than the widest input of the CPU's models."""
 
@@ -53,6 +56,8 @@ class Setting:
     liger: bool
     selective: bool = False
     """Whether blocks will keep the results of matrix products; then Liger rotates nothing."""
+    random_bases: bool = False
+    """Whether nothing is split: a step takes as long with any bases."""
 
 
 @dataclass
@@ -142,7 +147,20 @@ def ours(setting: Setting, parameterization: str, split_by: str = "weights") -> 
     plain = parameterization == "dense"
     others = "all" if plain else "frozen"
     plan = plan_targets(hf, setting.ratio, parameterization, None, others, split_by)
-    text = _text(setting, hf) if split_by == "activations" else None
+    decompose = _random(setting, plan) if setting.random_bases else None
+    if decompose is None:
+        decompose = _decomposed(setting, hf, plan, seconds)
+    with timed(seconds, "convert", setting.world):
+        model = convert(hf, plan, decompose=decompose, fused_loss=fused)
+        model.to(setting.world.device)
+    return _of_ours(setting, model, seconds)
+
+
+def _decomposed(
+    setting: Setting, hf: PreTrainedModel, plan: Plan, seconds: dict[str, float]
+) -> Decompose:
+    """The bases as a run has them, computed and then read."""
+    text = _text(setting, hf) if plan.split_by == "activations" else None
     for part in ("decompose", "decompose from cache"):
         with timed(seconds, part, setting.world):
             cache = setting.work / "cache"
@@ -153,10 +171,28 @@ def ours(setting: Setting, parameterization: str, split_by: str = "weights") -> 
                 split = bases.decompose(target, hf.get_parameter(target.parameter).detach())
                 # a file that is only mapped is not read
                 [part.clone() for part in split.to_tensors().values()]
-    with timed(seconds, "convert", setting.world):
-        model = convert(hf, plan, decompose=bases.decompose, fused_loss=fused)
-        model.to(setting.world.device)
-    return _of_ours(setting, model, seconds)
+    return bases.decompose
+
+
+def _random(setting: Setting, plan: Plan) -> Decompose:
+    """Directions of length 1, nearly orthogonal; shared as those of a run are."""
+    shared: dict[tuple[str, str], Split] = {}
+
+    def decompose(target: Target, weight: Tensor) -> Split:
+        parent, _, leaf = target.module.rpartition(".")
+        key = (parent, _SAME_INPUT.get(leaf, leaf))
+        if plan.split_by == "activations" and key in shared:
+            return shared[key]
+        parts: dict[str, Tensor] = {}
+        for name, shape in part_shapes(target, plan).items():
+            length = max(shape) ** 0.5 if len(shape) > 1 else 1.0
+            parts[name] = torch.randn(shape, device=setting.world.device) / length
+        if plan.split_by == "activations":
+            parts = {n: nn.Parameter(p, requires_grad=False) for n, p in parts.items()}
+            return shared.setdefault(key, Split.from_tensors(parts))
+        return Split.from_tensors(parts)
+
+    return decompose
 
 
 def _text(setting: Setting, hf: PreTrainedModel) -> RetentionText | None:
@@ -198,8 +234,10 @@ def peft(setting: Setting, kind: str) -> Method:
     else:
         config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=names)
     hf.to(setting.world.device)
-    with timed(seconds, "decompose", setting.world):
+    with timed(seconds, "decompose", setting.world), _spared(setting.random_bases):
         tuned = get_peft_model(hf, config)
+    if setting.random_bases:
+        del seconds["decompose"]
     trainables = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
     for parameter in trainables.values():
         parameter.data = parameter.data.float()
@@ -211,6 +249,24 @@ def peft(setting: Setting, kind: str) -> Method:
         lambda folder: tuned.merge_and_unload().save_pretrained(folder),
         seconds=seconds,
     )
+
+
+@contextmanager
+def _spared(spares: bool) -> Iterator[None]:
+    """Inside, random vectors stand for singular ones, if so."""
+    real = torch.linalg.svd
+
+    def drawn(matrix: Tensor, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
+        rows, cols = matrix.shape
+        short = min(rows, cols)
+        left, right = matrix.new_empty(rows, short), matrix.new_empty(short, cols)
+        return left.normal_() / rows**0.5, matrix.new_ones(short), right.normal_() / cols**0.5
+
+    try:
+        torch.linalg.svd = drawn if spares else real
+        yield
+    finally:
+        torch.linalg.svd = real
 
 
 def mini_trainer(setting: Setting) -> Method:

@@ -26,7 +26,7 @@ import torch
 
 from bench import machine
 from bench.methods import Method, Setting, ours
-from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, save
+from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, save
 from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
@@ -60,7 +60,7 @@ def main() -> None:
     turns: dict[str, list[Numbers]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory(prefix="osft-bench-") as folder:
         dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
-        weights = save(shape, Path(folder) / "base", dtype)
+        save(shape, Path(folder) / "base", dtype, arguments.device)
         for turn in range(arguments.rounds):
             for mode in MODES:
                 print(f"round {turn + 1} of {arguments.rounds}: {mode}", file=sys.stderr)
@@ -73,7 +73,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": machine.today(),
         "shape": shape,
-        "weights": weights,
+        "weights": counted(shape)[0],
         "tokens": arguments.tokens,
         "modes": {mode: _summary(found) for mode, found in turns.items()},
     }

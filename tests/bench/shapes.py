@@ -85,23 +85,44 @@ SHAPES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 CPU_SHAPES, CUDA_SHAPES = ("quick", "llama-100m"), ("qwen2.5-1.5b", "llama-3.1-8b")
 
 
-def save(shape: str, folder: Path, dtype: torch.dtype) -> int:
-    """Write the model and a tokenizer as a Hugging Face folder; the number of its weights."""
+def save(shape: str, folder: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Write the model and a tokenizer as a Hugging Face folder.
+
+    The numbers are drawn on the device: a CPU draws for minutes on 8 billion of them.
+    """
     model_class, config_class, values = SHAPES[shape]
     torch.manual_seed(0)
-    model: PreTrainedModel = model_class(config_class(**values)).to(dtype)
+    with torch.device(device):
+        model: PreTrainedModel = model_class(config_class(**values)).to(dtype)
     model.save_pretrained(folder)
     # Peers want one; no text is tokenised.
     tiny.tokenizer().save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    del model
+    if device == "cuda":
+        # What is measured in other processes needs the memory.
+        torch.cuda.empty_cache()
 
 
-def step_flops(shape: str, weights: int, tokens: int) -> float:
+def counted(shape: str) -> tuple[int, int]:
+    """Numbers of the model, and those that a token is multiplied with.
+
+    An embedding is looked up; where it is the head's matrix, too, the head multiplies with it.
+    """
+    model_class, config_class, values = SHAPES[shape]
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config_class(**values))
+    every = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    tied = model.config.tie_word_embeddings
+    return every, every if tied else every - int(embedding.numel())
+
+
+def step_flops(shape: str, multiplied: int, tokens: int) -> float:
     """Floating-point operations of one plain training step, as MFU counts them.
 
-    6 for each weight and token, and 12 x layers x hidden x tokens^2 for attention; recomputation
-    is not counted, nor what a method adds or saves.
+    6 for each multiplied weight and token, and 12 x layers x hidden x tokens^2 for attention;
+    recomputation is not counted, nor what a method adds or saves.
     """
     values = SHAPES[shape][2]
     attention = 12 * values["num_hidden_layers"] * values["hidden_size"] * tokens
-    return float(tokens) * (6 * weights + attention)
+    return float(tokens) * (6 * multiplied + attention)

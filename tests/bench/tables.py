@@ -28,11 +28,12 @@ def training_table(result: Numbers) -> str:
     baseline = methods.get(PLAIN) or next(iter(methods.values()))
     on_cuda = result["device"] == "cuda"
     threads = "" if on_cuda else f", {result['threads']} threads"
+    bases = ", random bases" if result.get("random_bases") else ""
     lines = [
         f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), {result['dtype']}, "
-        f"{result['tokens']} tokens a step, ratio {result['ratio']}, on "
+        f"{result['tokens']} tokens a step, ratio {result['ratio']}{bases}, on "
         f"{result['machine']}{threads} ({result['date']}, torch {result['torch']}), "
-        f"{_rounds(baseline)}:",
+        f"{len(baseline['step_seconds'])} {result.get('spread_over', 'rounds')}:",
         "",
     ]
     head = ["method", "step s", "x plain", "spread", "tokens/s", "static GB", "x plain"]
@@ -41,6 +42,8 @@ def training_table(result: Numbers) -> str:
     lines += [_row(head), _row(["---"] * len(head))]
     for name, numbers in methods.items():
         lines.append(_row([name, *_cells(numbers, baseline, result, on_cuda)]))
+    failed: dict[str, str] = result.get("failed", {})
+    lines += ["", *(f"- {name} {why}" for name, why in failed.items())] if failed else []
     return "\n".join(lines)
 
 
@@ -83,7 +86,8 @@ def _rounds(numbers: Numbers) -> str:
 
 def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) -> list[str]:
     seconds = statistics.median(numbers["step_seconds"])
-    pairs = zip(numbers["step_seconds"], baseline["step_seconds"], strict=True)
+    # A command that had to end early may have done more turns of one than of another.
+    pairs = zip(numbers["step_seconds"], baseline["step_seconds"], strict=False)
     ratios = [mine / theirs for mine, theirs in pairs]
     static = sum(numbers["static_bytes"].values())
     cells = [
@@ -100,7 +104,8 @@ def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) 
         cells.append("" if flops is None else f"{result['step_flops'] / seconds / flops:.0%}")
     start = numbers["start_seconds"]
     cells += [_number(start.get(part)) for part in ("load", "decompose", "decompose from cache")]
-    cells += [f"{numbers['saved_bytes'] / 1e9:.3f}", _number(numbers["save_seconds"])]
+    saved = numbers["saved_bytes"]
+    cells += ["" if saved is None else f"{saved / 1e9:.3f}", _number(numbers["save_seconds"])]
     return [*cells, _number(numbers["export_seconds"])]
 
 

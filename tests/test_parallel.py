@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from osft_trainer.export import export_hf
@@ -180,6 +181,30 @@ def test_clipping_scales_to_the_norm_and_leaves_small_gradients() -> None:
     assert parameter.grad.tolist() == pytest.approx([0.6, 0.8])
     assert clip_gradients([parameter], 2.0, ALONE) == pytest.approx(1.0)
     assert parameter.grad.tolist() == pytest.approx([0.6, 0.8])
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_clipping_takes_as_many_operations_for_many_gradients_as_for_few() -> None:
+    """A GPU waits for the host to start each of them."""
+
+    def operations(count: int) -> int:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(count)]
+        for parameter in parameters:
+            parameter.grad = torch.ones(2)
+        with Counted() as mode:
+            clip_gradients(parameters, 1.0, ALONE)
+        return mode.count
+
+    assert operations(40) == operations(4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

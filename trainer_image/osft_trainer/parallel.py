@@ -134,8 +134,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, world: World) 
     """
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for part in torch._foreach_norm(gradients) if gradients else ():
-        total += part.double() ** 2
+    if gradients:
+        # Together: on a GPU three operations for each of hundreds of gradients take milliseconds.
+        total = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     if world.size > 1:
         dist.all_reduce(total)
     norm = float(total.sqrt())

@@ -194,6 +194,28 @@ def test_a_whole_run_on_cuda(tmp_path: Path) -> None:
     assert json.loads((result.final_dir / "osft.json").read_text())["leak"] < 1e-5
 
 
+@pytest.mark.parametrize(("kind", "dtype"), PLACES)
+def test_a_whole_run_by_activations(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """What an update may touch is read on the device, and losses are measured between steps."""
+    data = tiny.data_file(tmp_path / "data.jsonl", conversations=40)
+    old = tiny.data_file(tmp_path / "old.jsonl", conversations=40, task="repeat", seed=1)
+    told = tiny.arguments(
+        tiny.model_folder(tmp_path / "model"), data, tmp_path / "run",
+        compute_dtype=str(dtype).removeprefix("torch."), split_by="activations",
+        rank_allocation="adaptive", retention_data_path=str(old), replay_ratio=0.25,
+        validation_split=0.2, selective_activation_checkpointing=True,
+        activation_checkpointing=True, checkpoint_every_steps=2,
+    )  # fmt: skip
+    result = worker.run(told, start_world(kind), stop=threading.Event(), environ={})
+    rows = tiny.rows(told.training)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert result.validation_loss is not None
+    assert result.retention is not None
+    assert result.retention.loss_after is not None
+    assert result.leak is not None
+    assert result.leak < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_two_ranks_over_nccl(tmp_path: Path) -> None:

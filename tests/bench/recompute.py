@@ -62,9 +62,19 @@ def main() -> None:
         dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
         save(shape, Path(folder) / "base", dtype, arguments.device)
         for turn in range(arguments.rounds):
-            for mode in MODES:
+            for mode in [*turns]:
                 print(f"round {turn + 1} of {arguments.rounds}: {mode}", file=sys.stderr)
-                turns[mode].append(_in_a_process(mode, Path(folder), arguments))
+                found = _in_a_process(mode, Path(folder), arguments)
+                if found is None:
+                    del turns[mode]
+                else:
+                    turns[mode].append(found)
+            # After each: what comes later may be cut off.
+            if turns:
+                _write(turns, shape, arguments)
+
+
+def _write(turns: dict[str, list[Numbers]], shape: str, arguments: argparse.Namespace) -> None:
     on_cuda = arguments.device == "cuda"
     result = {
         "command": " ".join(["python -m bench.recompute", *sys.argv[1:]]),
@@ -79,7 +89,7 @@ def main() -> None:
     }
     path = RESULTS / f"recompute-{shape}-{arguments.device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["modes"], indent=1))
+    print(json.dumps(result["modes"], indent=1), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _in_a_process(mode: str, folder: Path, arguments: argparse.Namespace) -> Numbers:
+def _in_a_process(mode: str, folder: Path, arguments: argparse.Namespace) -> Numbers | None:
+    """What the process measured; None if it failed, which it has said."""
     command = [sys.executable, "-m", "bench.recompute", f"--one={mode}", f"--folder={folder}"]
     command += [f"--device={arguments.device}", f"--tokens={arguments.tokens}"]
     # A cache of its own: what one turn has compiled another does not find.
@@ -101,7 +112,8 @@ def _in_a_process(mode: str, folder: Path, arguments: argparse.Namespace) -> Num
         environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environ)
     if done.returncode != 0:
-        sys.exit(f"bench: {mode} failed with exit code {done.returncode}, see above")
+        print(f"bench: {mode} failed with exit code {done.returncode}", file=sys.stderr)
+        return None
     found: Numbers = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -147,6 +159,8 @@ def _method(arguments: argparse.Namespace) -> Method:
         activation_checkpointing=False,
         liger=on_cuda,
         selective=kept == "selective",
+        # Splits of large models take longer than all that is measured.
+        random_bases=on_cuda,
     )
     method = ours(setting, "exact")
     model = method.module

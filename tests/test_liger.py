@@ -37,6 +37,24 @@ def test_liger_says_why_it_is_off() -> None:
     assert "none for gpt2" in str(apply_liger(tiny_model("gpt2"), True, CUDA))
 
 
+def test_where_no_kernel_runs_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a GPU on a machine without a C compiler."""
+    model = tiny_model("llama")
+    before = dict(vars(modeling_llama))
+
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please\nspecify")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", no_compiler)
+    reason = apply_liger(model, True, CUDA)
+    assert reason == (
+        "Liger kernels are off: Triton cannot run them here (Failed to find C compiler. Please)"
+    )
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert vars(modeling_llama) == before
+
+
 def _asked(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> dict[str, bool]:
     """What Liger is told for a model."""
     told: dict[str, bool] = {}

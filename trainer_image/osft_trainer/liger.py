@@ -62,8 +62,31 @@ def apply_liger(
         return (
             "Liger kernels are off: liger-kernel cannot patch blocks without experts among others"
         )
+    failure = _failure_of_kernels(device)
+    if failure is not None:
+        return f"Liger kernels are off: Triton cannot run them here ({failure})"
     with _noting_what_is_bound(model):
         _apply_liger_kernel_to_instance(model=model, **_unwanted(model.config, selective))
+    return None
+
+
+def _failure_of_kernels(device: torch.device) -> str | None:
+    """Why no kernel runs, found out by a small one; None where there is no device to ask.
+
+    Triton builds a part of its driver when the first one runs, with a C compiler and Python's
+    headers: machines that train without Liger often lack one of them.
+    """
+    if not torch.cuda.is_available():
+        return None
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    try:
+        x = torch.zeros(1, 16, device=device)
+        LigerSiLUMulFunction.apply(x, x)
+        torch.cuda.synchronize(device)
+    # A missing compiler, header, driver library or assembler: each raises a kind of its own.
+    except Exception as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
 

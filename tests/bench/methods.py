@@ -7,6 +7,7 @@ give `METHODS` a name and a function that builds it.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -133,11 +134,13 @@ def _load(setting: Setting, seconds: dict[str, float]) -> tuple[PreTrainedModel,
     """The base model with what all methods share; whether the fused loss is there."""
     with timed(seconds, "load", setting.world):
         hf = load_model(setting.base, setting.dtype)
-    fused = apply_liger(hf, setting.liger, setting.world.device, setting.selective) is None
-    use_variable_length(hf, setting.world.device)
+    off = apply_liger(hf, setting.liger, setting.world.device, setting.selective)
+    for reason in (off, use_variable_length(hf, setting.world.device)):
+        if reason is not None and setting.world.device.type == "cuda":
+            print(reason, file=sys.stderr)  # what is measured is slower than it could be
     if setting.activation_checkpointing:
         enable_activation_checkpointing(hf)
-    return hf, fused
+    return hf, off is None
 
 
 def ours(setting: Setting, parameterization: str, split_by: str = "weights") -> Method:

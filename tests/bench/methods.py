@@ -78,7 +78,9 @@ class Method:
     """Start-up by part."""
 
     def __post_init__(self) -> None:
-        told = tiny.training(Path("m"), Path("d"), Path("o"))
+        # The peer's rate. At that of the tiny runs a large model ends in numbers that are none, and
+        # products of those take less power, so less time.
+        told = tiny.training(Path("m"), Path("d"), Path("o"), learning_rate=1e-5)
         self.optimizer = build_optimizer(self.trainables, told)
 
     def step(self, tokens: Tensor) -> float:

@@ -109,10 +109,13 @@ def take(method: Method, tokens: torch.Tensor, arguments: argparse.Namespace) ->
 def step(method: Method, tokens: torch.Tensor) -> float:
     """Seconds of one step."""
     began = time.perf_counter()
-    method.step(tokens)
+    loss = method.step(tokens)
     if tokens.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if not math.isfinite(loss):
+        print(f"the loss is {loss}: products of such numbers take less time", file=sys.stderr)
+    return seconds
 
 
 def of_steps(method: Method, seconds: list[float]) -> Numbers:

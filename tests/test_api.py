@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from launching import children, free_port, is_alive, until
@@ -37,6 +38,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tiny.data_file(folder / "data.jsonl")
     return tiny.model_folder(folder / "model")
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither here nor in processes: several ranks may not share one, and bfloat16 rounds."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def given(base: Path, out: Path, **changes: Any) -> dict[str, Any]:

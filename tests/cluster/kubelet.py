@@ -56,7 +56,9 @@ class Kubelet:
             environment: added to that of the "image".
         """
         self.folder = folder
-        self.environment = {**image_environment(), "OMP_NUM_THREADS": "1", **(environment or {})}
+        # Pods share this machine, and two ranks may not share a GPU.
+        ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.environment = {**image_environment(), **ours, **(environment or {})}
         self.back_off = back_off or BackOff(first_seconds=0.5, cap_seconds=2)
         self._api, self._mark = api, f"{mark}/pods"
         self._changed = threading.Event()

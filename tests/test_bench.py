@@ -167,6 +167,16 @@ def test_an_earlier_result_is_added_to(base: Path) -> None:
         train_step.added({**before, "torch": "3"}, now)
 
 
+def test_a_model_is_taken_again_only_when_it_is_whole(tmp_path: Path) -> None:
+    assert not shapes.is_whole(tmp_path, "quick")
+    shapes.save("quick", tmp_path, torch.bfloat16)
+    assert shapes.is_whole(tmp_path, "quick")
+    with pytest.raises(ValueError, match=r"is no llama-27m: vocab_size"):
+        shapes.is_whole(tmp_path, "llama-27m")
+    (tmp_path / "tokenizer.json").unlink()
+    assert not shapes.is_whole(tmp_path, "quick"), "its weights may be cut"
+
+
 def test_an_embedding_that_is_only_looked_up_multiplies_nothing() -> None:
     every, multiplied = shapes.counted("llama-3.1-8b")
     assert every - multiplied == 128256 * 4096

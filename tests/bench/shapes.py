@@ -5,6 +5,8 @@ Speed does not depend on the numbers.
 
 from __future__ import annotations
 
+import json
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +90,42 @@ CPU_SHAPES, CUDA_SHAPES = ("quick", "llama-100m"), ("qwen2.5-1.5b", "llama-3.1-8
 def save(shape: str, folder: Path, dtype: torch.dtype, device: str = "cpu") -> None:
     """Write the model and a tokenizer as a Hugging Face folder.
 
-    The numbers are drawn on the device: a CPU draws for minutes on 8 billion of them.
+    The numbers are drawn on the device: a CPU draws for minutes on 8 billion of them. On CUDA by a
+    process of its own, which leaves nothing in the memory that is measured in.
     """
+    if device == "cpu":
+        _save(shape, folder, dtype, device)
+        return
+    process = get_context("spawn").Process(target=_save, args=(shape, folder, dtype, device))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{shape} could not be made: exit code {process.exitcode}, see above")
+
+
+def _save(shape: str, folder: Path, dtype: torch.dtype, device: str) -> None:
     model_class, config_class, values = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = model_class(config_class(**values)).to(dtype)
     model.save_pretrained(folder)
-    # Peers want one; no text is tokenised.
+    # Peers want one; no text is tokenised. It comes last, see `is_whole`.
     tiny.tokenizer().save_pretrained(folder)
-    del model
-    if device == "cuda":
-        # What is measured in other processes needs the memory.
-        torch.cuda.empty_cache()
+
+
+def is_whole(folder: Path, shape: str) -> bool:
+    """Whether this model was written there, to its end.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wrong = [name for name, value in SHAPES[shape][2].items() if held.get(name) != value]
+    if wrong:
+        raise ValueError(f"--base {folder} is no {shape}: {', '.join(wrong)}")
+    return True
 
 
 def counted(shape: str) -> tuple[int, int]:

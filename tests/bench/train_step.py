@@ -28,7 +28,7 @@ import torch
 
 from bench import machine, mini_trainer_peer, tables, turns
 from bench.methods import CUDA_ONLY, METHODS, Method, Setting
-from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, save, step_flops
+from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, is_whole, save, step_flops
 from osft_trainer.parallel import World
 
 RESULTS = Path(__file__).with_name("results")
@@ -50,7 +50,7 @@ def main() -> None:
     names = [name for name in METHODS if _takes_part(name, arguments)]
     with tempfile.TemporaryDirectory(prefix="osft-bench-") as folder:
         arguments.base = arguments.base or Path(folder) / "base"
-        if not (arguments.base / "config.json").is_file():
+        if not is_whole(arguments.base, arguments.shape):
             dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
             save(arguments.shape, arguments.base, dtype, arguments.device)
         if arguments.device == "cpu":

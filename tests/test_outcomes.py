@@ -22,6 +22,7 @@ from osft_trainer.last_words import Result
 from osft_trainer.outcome import Diverged, NoLossTokens, OutOfMemory, TrainResult
 from osft_trainer.parallel import World
 from osft_trainer.report import TERMINATION_LOG_ENV, ExitCode, Retention, RunFolder, Termination
+from osft_trainer.shards import HostCopy
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -60,6 +61,10 @@ def too_much_for_python(*_: Any) -> Any:
     return bytearray(2**60)
 
 
+def too_much_for_a_library(*_: Any) -> Any:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def too_much_for_the_gpu(*_: Any) -> Any:
     return torch.empty(2**45, device="cuda")
 
@@ -67,6 +72,7 @@ def too_much_for_the_gpu(*_: Any) -> Any:
 ENDS = [
     (too_much_for_torch, OutOfMemory, ExitCode.TRY_AGAIN, "the host.*max_tokens_per_gpu .now 96."),
     (too_much_for_python, OutOfMemory, ExitCode.TRY_AGAIN, "the host.*memory limit of the pod"),
+    (too_much_for_a_library, OutOfMemory, ExitCode.TRY_AGAIN, "the GPU.*max_tokens_per_gpu"),
     pytest.param(
         too_much_for_the_gpu, OutOfMemory, ExitCode.TRY_AGAIN, "the GPU.*max_tokens_per_gpu",
         marks=[
@@ -105,6 +111,19 @@ def test_an_end_has_a_name_a_cure_and_a_state_before_it(
     if kind is OutOfMemory:
         assert "after step 2" in said.message
         assert run(base, tmp_path).steps == 6, "another try goes on"
+
+
+def test_pinned_memory_is_the_hosts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA says the same of it as of a device."""
+
+    def full(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(HostCopy, "take", full)
+    with pytest.raises(OutOfMemory, match=r"the host .* phase Saving.*memory limit of the pod"):
+        run(base, tmp_path)
 
 
 def test_a_batch_without_loss_tokens_is_bad_input(

@@ -42,6 +42,9 @@ from osft_trainer.shared_folder import probe
 from osft_trainer.terminal import Display, display
 from osft_trainer.train import train
 
+_FULL_DEVICE = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What CUDA and its libraries say, which do not raise torch's exception."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -179,12 +182,13 @@ def _naming_lack_of_memory(arguments: TrainerArguments, reporter: Reporter) -> I
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        on_device = isinstance(error, torch.OutOfMemoryError)
-        # The CPU's allocator has no exception of its own.
-        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        now = reporter.current()
+        on_host = isinstance(error, MemoryError) or _is_of_host(str(error), now.phase)
+        on_device = not on_host and (
+            isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in _FULL_DEVICE)
+        )
         if not on_device and not on_host:
             raise
-        now = reporter.current()
         training = arguments.training
         cures = [f"lower max_tokens_per_gpu (now {training.max_tokens_per_gpu})"]
         if not training.activation_checkpointing:
@@ -199,6 +203,13 @@ def _naming_lack_of_memory(arguments: TrainerArguments, reporter: Reporter) -> I
             f"{'the GPU' if on_device else 'the host'} has no memory left for phase {now.phase} "
             f"after step {now.step} ({said}): {', or '.join(cures)}"
         ) from error
+
+
+def _is_of_host(said: str, phase: str) -> bool:
+    """Whether it was the CPU's allocator, which has no exception of its own, or pinned memory."""
+    # CUDA hands out pinned memory, and has the same words for both; a save takes nothing else.
+    pinned = phase == "Saving" and _FULL_DEVICE[0] in said
+    return "DefaultCPUAllocator" in said or pinned
 
 
 def _leave_verdict(folder: RunFolder, mine: Claim, error: ValueError | Diverged) -> None:

@@ -56,13 +56,18 @@ def own_code_afterwards() -> Iterator[None]:
 
 
 def build(
-    family: str, dtype: torch.dtype, device: torch.device, liger: bool, selective: bool = False
+    family: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    liger: bool,
+    selective: bool = False,
+    others: str = "norms",
 ) -> OSFTModel:
     """As `assembly.build_model` puts it together, up to sharding."""
     # Rounded in any case: other weights would have other subspaces.
     hf = tiny_model(family).to(torch.bfloat16).to(dtype)
     hf.train()
-    plan = plan_targets(hf, 0.5, other_parameters="norms")
+    plan = plan_targets(hf, 0.5, other_parameters=others)
     off = apply_liger(hf, liger, device, selective)
     assert (off is None) == (liger and device.type == "cuda")
     enable_activation_checkpointing(hf, selective)
@@ -92,10 +97,10 @@ def train(model: OSFTModel, world: World) -> tuple[list[float], dict[str, Tensor
     return losses, first
 
 
-def plain(family: str) -> tuple[list[float], dict[str, Tensor]]:
+def plain(family: str, others: str = "norms") -> tuple[list[float], dict[str, Tensor]]:
     """The same on the CPU in float32."""
     alone = World(0, 0, 1, torch.device("cpu"))
-    return train(build(family, torch.float32, alone.device, liger=False), alone)
+    return train(build(family, torch.float32, alone.device, liger=False, others=others), alone)
 
 
 def assert_close(
@@ -134,6 +139,17 @@ def test_steps_agree_with_float32_without_kernels(
     assert {p.dtype for p in model.trainables().values()} == {torch.float32}
     assert_close(train(model, world), expected, dtype)
     assert model.leak() < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "dtype"), PLACES)
+def test_steps_of_a_trained_head_agree(kind: str, dtype: torch.dtype) -> None:
+    """Its gradient is the fused loss's own."""
+    world = World(0, 0, 1, torch.device(kind))
+    expected = plain("llama", "all")
+    assert any("lm_head" in name for name in expected[1])
+    model = build("llama", dtype, world.device, liger=True, others="all")
+    shard(model, world)
+    assert_close(train(model, world), expected, dtype)
 
 
 def test_after_the_kernels_nothing_on_the_cpu_can_be_measured_by() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import liger_kernel.transformers
 import pytest
 import torch
+from liger_kernel.transformers import functional
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_moe import modeling_qwen3_moe
@@ -53,6 +55,24 @@ def test_where_no_kernel_runs_the_model_stays_as_it_is(monkeypatch: pytest.Monke
     )
     assert not any("forward" in vars(module) for module in model.modules())
     assert vars(modeling_llama) == before
+
+
+@pytest.mark.parametrize("others", ["frozen", "all"])
+def test_the_gradient_of_a_trained_head_is_added_up_in_float32(
+    others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def fused(hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any, **named: Any) -> Tensor:
+        told.update(named, weight=weight)
+        return cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", fused)
+    hf = tiny_model("llama").to(torch.bfloat16)
+    plan = plan_targets(hf, 0.5, other_parameters=others)
+    convert(hf, plan, fused_loss=True)(**packed_batch([9, 16, 5])).backward()
+    assert told["weight"].dtype == torch.bfloat16
+    assert told["accum_dtype"] == (torch.float32 if others == "all" else None)
 
 
 def _asked(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> dict[str, bool]:

@@ -162,13 +162,16 @@ def _fused_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 
     bias = getattr(head.projection, "bias", None)
     assert bias is None or head.scale == 1.0, "no tested family scales a head with a bias"
+    weight = head.projection.weight
     loss: Tensor = liger_fused_linear_cross_entropy(
         hidden if head.scale == 1.0 else hidden * head.scale,
-        head.projection.weight,
+        weight,
         targets,
         bias,
         reduction="sum",
         softcap=head.softcap,
+        # A trained head's gradient is added up over chunks of the row: in bfloat16 each sum rounds.
+        accum_dtype=torch.float32 if weight.requires_grad else None,
     )
     return loss.float()
 

@@ -17,8 +17,6 @@ RESULT = Path(__file__).with_name("results") / "retention.json"
 PICTURE = RESULT.with_suffix(".svg")
 PROJECTION = RESULT.with_name("retention-projection.json")
 """Beside `osft exact` the same with projected gradients, from the same base model."""
-REPLAY = RESULT.with_name("retention-replay.json")
-"""Beside methods that read the model's own text those that learn it again."""
 GRADIENTS_TOO = "osft exact, gradients too"
 SHOWN = "conflicting, new word"
 """Task of the picture: the one on which methods differ most."""
@@ -49,43 +47,31 @@ def retention_tables() -> str:
     machine = result["machine"]
     note = (
         f"New skill / old skills, share of exact answers after {result['steps']} steps; mean over "
-        f"seeds, in brackets the old skills' spread. `{result['command']}`, {machine['cores']} "
-        f"cores ({machine['cpu']})."
+        "three seeds, each with a base model of its own, in brackets the old skills' spread. "
+        "`replay` learns the model's own text again, one sample for four new ones, as "
+        f"`replayRatio: 0.25` does. `{result['command']}`, {machine['cores']} cores "
+        f"({machine['cpu']}):"
     )
-    if "gap" not in result:  # older than what measures it, and than values alone projected
-        note += (
-            " Here `osft exact`, also with adaptive ranks, projects gradients as well as values."
-        )
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "
         "the old skills use: of these inputs little lies in the free directions, and at a small "
         "ratio and the rates of the screen the split by activations does not learn them. Other "
         "settings, found on these tasks with one seed:"
     )
-    parts = [note, final_table(result), more, room_table(result)]
-    if REPLAY.is_file():
-        parts += _replay(json.loads(REPLAY.read_text(encoding="utf-8")))
+    lacking = (
+        "What reads text, given text of two of the three old skills. New skill / these two, then "
+        "the third, of which no text told:"
+    )
+    parts = [note, final_table(result), more, room_table(result), lacking, gap_table(result)]
     if PROJECTION.is_file():
         parts += _projection(json.loads(PROJECTION.read_text(encoding="utf-8")))
     return "\n\n".join(parts)
 
 
-def _replay(result: Numbers) -> list[str]:
-    note = (
-        "`replay` learns the model's own text again, one sample for four new ones, as "
-        f"`replayRatio: 0.25` does. On another base model of the same kind; `{result['command']}`:"
-    )
-    lacking = (
-        "The same, given text of two of the three old skills. New skill / these two, then the "
-        "third, of which no text told:"
-    )
-    return [note, final_table(result), room_table(result), lacking, gap_table(result)]
-
-
 def _projection(result: Numbers) -> list[str]:
     note = (
         "`exact` projects the values after each step, `gradients too` the gradients before it as "
-        f"well. Both on another base model of the same kind, at their best of more rates; "
+        f"well. Both on one more base model of the same kind, at their best of more rates; "
         f"`{result['command']}`:"
     )
     return [note, final_table(result)]
@@ -121,7 +107,7 @@ def room_table(result: Numbers) -> str:
 
 def gap_table(result: Numbers) -> str:
     """What becomes of an old skill that the text lacks: a row a setting, a column a task."""
-    gap = result.get("gap", [])
+    gap = result["gap"]
     tasks = _tasks(gap)
     heads = ["method", "rate, ratio", "weight decay", *tasks]
     lines = [_row(heads), "|---" * len(heads) + "|"]

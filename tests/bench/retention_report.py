@@ -62,7 +62,14 @@ def retention_tables() -> str:
         "What reads text, given text of two of the three old skills. New skill / these two, then "
         "the third, of which no text told:"
     )
-    parts = [note, final_table(result), more, room_table(result), lacking, gap_table(result)]
+    first = (
+        "The old skills at the first step, of every 25th, at which the new one was learned to 99 % "
+        "(of how many seeds, if not of all):"
+    )
+    parts = [
+        note, final_table(result), first, first_table(result), more, room_table(result), lacking,
+        gap_table(result),
+    ]  # fmt: skip
     if PROJECTION.is_file():
         parts += _projection(json.loads(PROJECTION.read_text(encoding="utf-8")))
     return "\n\n".join(parts)
@@ -87,6 +94,29 @@ def final_table(result: Numbers) -> str:
         cells = [_cell([o for o in mine if o["job"]["task"] == task]) for task in tasks]
         lines.append(_row([method, _setting(job), *cells]))
     return "\n".join(lines)
+
+
+def first_table(result: Numbers) -> str:
+    """The old skills when the new one was just learned: a row a setting, a column a task."""
+    outcomes = [*result["finals"], *result["room"]]
+    tasks = _tasks(outcomes)
+    heads = ["method", "rate, ratio", "weight decay", *tasks]
+    lines = [_row(heads), "|---" * len(heads) + "|"]
+    for setting in dict.fromkeys(_room_setting(outcome["job"]) for outcome in outcomes):
+        method, _, _, decay = setting
+        mine = [o for o in outcomes if _room_setting(o["job"]) == setting]
+        by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
+        cells = [_first_cell(of_task) if of_task else "" for of_task in by_task]
+        lines.append(_row([method, _setting(mine[0]["job"]), f"{decay:g}", *cells]))
+    return "\n".join(lines)
+
+
+def _first_cell(outcomes: Sequence[Numbers]) -> str:
+    olds = [o["old_then"] for o in outcomes if o["old_then"] is not None]
+    if not olds:
+        return "not learned"
+    of_all = "" if len(olds) == len(outcomes) else f", {len(olds)} of {len(outcomes)}"
+    return f"{statistics.mean(olds):.2f} ({min(olds):.2f} to {max(olds):.2f}){of_all}"
 
 
 def room_table(result: Numbers) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +97,8 @@ def final_table(result: Numbers) -> str:
 
 
 def first_table(result: Numbers) -> str:
-    """The old skills when the new one was just learned: a row a setting, a column a task."""
-    outcomes = [*result["finals"], *result["room"]]
-    tasks = _tasks(outcomes)
-    heads = ["method", "rate, ratio", "weight decay", *tasks]
-    lines = [_row(heads), "|---" * len(heads) + "|"]
-    for setting in dict.fromkeys(_room_setting(outcome["job"]) for outcome in outcomes):
-        method, _, _, decay = setting
-        mine = [o for o in outcomes if _room_setting(o["job"]) == setting]
-        by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
-        cells = [_first_cell(of_task) if of_task else "" for of_task in by_task]
-        lines.append(_row([method, _setting(mine[0]["job"]), f"{decay:g}", *cells]))
-    return "\n".join(lines)
+    """The old skills when the new one was just learned."""
+    return _setting_table([*result["finals"], *result["room"]], _first_cell)
 
 
 def _first_cell(outcomes: Sequence[Numbers]) -> str:
@@ -120,32 +110,31 @@ def _first_cell(outcomes: Sequence[Numbers]) -> str:
 
 
 def room_table(result: Numbers) -> str:
-    """What more room and weight decay do: a row a setting, a column a task."""
-    room = result["room"]
-    tasks = [t for t in _tasks(result["finals"]) if t in _tasks(room)]
-    settings = sorted({_room_setting(outcome["job"]) for outcome in room})
-    heads = ["method", "rate, ratio", "weight decay", *tasks]
-    lines = [_row(heads), "|---" * len(heads) + "|"]
-    for setting in settings:
-        method, ratio, rate, decay = setting
-        mine = [o for o in room if _room_setting(o["job"]) == setting]
-        by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
-        cells = [_cell(outcomes) if outcomes else "" for outcomes in by_task]
-        lines.append(_row([method, f"{rate:g}, {ratio:g}", f"{decay:g}", *cells]))
-    return "\n".join(lines)
+    """What more room and weight decay do."""
+    of_setting = sorted(result["room"], key=lambda outcome: _room_setting(outcome["job"]))
+    return _setting_table(of_setting, _cell, _tasks(result["finals"]))
 
 
 def gap_table(result: Numbers) -> str:
-    """What becomes of an old skill that the text lacks: a row a setting, a column a task."""
-    gap = result["gap"]
-    tasks = _tasks(gap)
+    """What becomes of an old skill that the text lacks."""
+    return _setting_table(result["gap"], _gap_cell)
+
+
+def _setting_table(
+    outcomes: Sequence[Numbers],
+    cell: Callable[[Sequence[Numbers]], str],
+    order: Sequence[str] | None = None,
+) -> str:
+    """A row a setting, a column a task, in this order or as they come."""
+    there = _tasks(outcomes)
+    tasks = [task for task in order or there if task in there]
     heads = ["method", "rate, ratio", "weight decay", *tasks]
     lines = [_row(heads), "|---" * len(heads) + "|"]
-    for setting in dict.fromkeys(_room_setting(outcome["job"]) for outcome in gap):
+    for setting in dict.fromkeys(_room_setting(outcome["job"]) for outcome in outcomes):
         method, _, _, decay = setting
-        mine = [o for o in gap if _room_setting(o["job"]) == setting]
+        mine = [o for o in outcomes if _room_setting(o["job"]) == setting]
         by_task = ([o for o in mine if o["job"]["task"] == task] for task in tasks)
-        cells = [_gap_cell(outcomes) for outcomes in by_task]
+        cells = [cell(of_task) if of_task else "" for of_task in by_task]
         lines.append(_row([method, _setting(mine[0]["job"]), f"{decay:g}", *cells]))
     return "\n".join(lines)
 

@@ -80,19 +80,26 @@ HOOKS = ("postStart", "preStop")
 
 
 def shapes(part: Object, where: str) -> Iterator[Denial]:
-    """Lists that are merged must be lists of objects, so that merging cannot fail."""
+    """Lists that are merged must be lists of objects with names, so that merging cannot fail."""
     for key in (*KEYS, *APPENDED):
         entries = part.get(key)
         if entries is None:
             continue
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             yield Denial(Rule.WRONG_TYPE, f"{where}.{key}", "must be a list of objects")
-        elif key in ("containers", "initContainers"):
-            for index, entry in enumerate(entries):
-                yield from shapes(entry, f"{where}.{key}[{index}]")
-        elif key == "volumes":
-            for index, entry in enumerate(entries):
-                yield from _projected_shape(entry, f"{where}.{key}[{index}]")
+            continue
+        for index, entry in enumerate(entries):
+            yield from _entry_shape(key, entry, f"{where}.{key}[{index}]")
+
+
+def _entry_shape(key: str, entry: Object, where: str) -> Iterator[Denial]:
+    name = KEYS.get(key)
+    if name is not None and not isinstance(entry.get(name), str | None):
+        yield Denial(Rule.WRONG_TYPE, f"{where}.{name}", "must be a string")
+    if key in ("containers", "initContainers"):
+        yield from shapes(entry, where)
+    elif key == "volumes":
+        yield from _projected_shape(entry, where)
 
 
 def _projected_shape(volume: Object, where: str) -> Iterator[Denial]:

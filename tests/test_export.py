@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from osft_trainer import durable, export
+from osft_trainer import base_weights, durable, export
 from osft_trainer.durable import work_folder
 from osft_trainer.export import base_digest, base_dtype, export_hf
 from osft_trainer.masters import fill_masters
@@ -112,6 +112,20 @@ def test_what_is_trained_begins_with_the_numbers_of_the_files(
     old, new = _weights(base), _weights(tmp_path / "out")
     for name, tensor in old.items():
         assert torch.equal(new[name], tensor) or (together and ".experts." in name), name
+
+
+def test_a_conversion_that_needs_more_than_one_tensor_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks_a_part(*_: object) -> dict[str, torch.Tensor]:
+        raise KeyError("the other half")
+
+    base = save_tiny_model(tmp_path / "base", "llama")
+    model = load_model(base, torch.bfloat16)
+    convert(model, plan_targets(model, 0.3, other_parameters="norms"))
+    monkeypatch.setattr(base_weights, "revert_weight_conversion", lacks_a_part)
+    fill_masters(model, base, torch.bfloat16)
+    assert "start as compute_dtype has rounded them, such as model.layers.0" in caplog.text
 
 
 def test_a_run_in_bfloat16_begins_with_the_numbers_of_the_files(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The weights of a base folder as its files hold them, one at a time.
 
-Called by `dense`, on the first rank. Must never: hold more than the tensor that is asked for, or
-read pickles.
+Called by `dense` on the first rank, and by `masters` on every rank. Must never: hold more than the
+tensor that is asked for, or read pickles.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 _FLOATS = {
     "F64": torch.float64,
@@ -54,6 +56,19 @@ class BaseWeights:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def names_in_files(hf: PreTrainedModel, shapes: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """What these tensors of the model are in the files: shapes and types, without numbers.
+
+    None where a conversion needs others with them: a foreign one may say so in any of these ways.
+    """
+    if not shapes:
+        return {}
+    try:
+        return dict(revert_weight_conversion(hf, shapes))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return None
 
 
 def _loaded_files(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.base_weights import BaseWeights
+from osft_trainer.base_weights import BaseWeights, names_in_files
 from osft_trainer.exchange import full
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
@@ -174,11 +174,10 @@ def _names_in_files(hf: PreTrainedModel, block: list[_Part]) -> dict[str, Tensor
     """
     found: dict[str, Tensor] = {}
     for sort in ("target", "trained", "untouched"):
-        try:
-            found |= dict(_renamed(hf, {p.name: _shape_of(p) for p in block if p.sort == sort}))
-        # A foreign conversion that lacks a part may say so in any of these ways.
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        named = names_in_files(hf, {p.name: _shape_of(p) for p in block if p.sort == sort})
+        if named is None:
             return {}
+        found |= named
     return found
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from osft_trainer.base_weights import BaseWeights
+from osft_trainer.base_weights import BaseWeights, names_in_files
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceLinear
 
@@ -55,8 +54,8 @@ def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype) -> None
 
 def _in_files(hf: PreTrainedModel, files: BaseWeights, name: str, master: Tensor) -> Tensor | None:
     """What has the parameter's place in the files, if it is one tensor there."""
-    named = revert_weight_conversion(hf, {name: torch.empty(master.shape, device="meta")})
-    if len(named) != 1:
+    named = names_in_files(hf, {name: torch.empty(master.shape, device="meta")})
+    if named is None or len(named) != 1:
         return None
     (in_files,) = named
     return files.read(in_files) if files.has(in_files, master.shape) else None

@@ -8,10 +8,10 @@ seeds. The best setting is the one that learns the new skill (99 %) and keeps mo
 second part are not looked at when it is chosen. Last, what more room does on the tasks whose
 questions say nothing new: the split by activations at larger ratios or rates, with and without
 weight decay, which pulls the update back to nothing, beside the split by weights with it; the
-promising ones also on the other tasks. These settings were found on these tasks with one seed. Two
-methods learn old text again in every step, one sample for four new ones; and what reads text is
-also given text that lacks one of the old skills. Every number is measured in the run; results go to
-a JSON file.
+promising ones also on the other tasks. These settings were found on these tasks with one seed or
+two. Two methods learn old text again in every step, one sample for four new ones; and what reads
+text is also given text that lacks one of the old skills. Every number is measured in the run;
+results go to a JSON file.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, a small screen")
+    parser.add_argument("--quick", action="store_true", help="one seed and rate, few steps")
     parser.add_argument(
         "--methods", nargs="+", choices=methods.METHODS, metavar="METHOD", default=methods.USUAL
     )

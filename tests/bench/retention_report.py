@@ -56,7 +56,7 @@ def retention_tables() -> str:
         "The tasks with known words only, and the exception to an old skill, ask with words that "
         "the old skills use: of these inputs little lies in the free directions, and at a small "
         "ratio and the rates of the screen the split by activations does not learn them. Other "
-        "settings, found on these tasks with one seed:"
+        "settings, found on these tasks with one seed or two:"
     )
     lacking = (
         "What reads text, given text of two of the three old skills. New skill / these two, then "

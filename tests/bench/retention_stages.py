@@ -49,7 +49,7 @@ class Scope:
     def quick(self) -> Scope:
         """An hour and more becomes minutes: it shows that everything works, and teaches little."""
         return replace(
-            self, rates=self.rates[2:3], ratios=self.ratios[1:], seeds=self.seeds[:1], steps=30
+            self, rates=self.rates[2:3], ratios=self.ratios[1:], seeds=self.seeds[:1], steps=20
         )
 
 

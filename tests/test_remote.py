@@ -14,7 +14,7 @@ from rich.console import Console
 
 import job_samples
 from cluster.api import wait_for
-from cluster.fault_proxy import FaultProxy, refusal
+from cluster.fault_proxy import FaultProxy, Request, refusal
 from cluster.fixtures import Cluster
 from osft_operator import cli, remote_commands
 from osft_operator.remote_view import NoPod, line, rank_zero_pod, view
@@ -254,3 +254,42 @@ def test_logs_go_on_across_attempts_until_the_end(
     assert words == ["first", "more", "second", "done"], "all of it, and nothing twice"
     assert osft("logs", "run", "--tail", "1", "-n", scene.namespace) == 0
     assert capfd.readouterr().out == "done\n"
+
+
+@pytest.mark.cluster
+def test_a_kubelet_that_has_not_taken_up_the_pod_yet_is_waited_for(
+    scene: Scene,
+    cluster: Cluster,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    scene.tell(phase="Running", attempt=1)
+    scene.run_pod("run-master-0", "echo first", 1)
+    asked: list[Request] = []
+    known = threading.Event()
+
+    def answer(request: Request) -> bytes | None:
+        if "/log?" not in request.path:
+            return None
+        asked.append(request)
+        if len(asked) > 2:
+            known.set()
+            return None
+        return refusal(404, "NotFound")
+
+    def story() -> None:
+        known.wait()
+        scene.end()
+
+    with FaultProxy(cluster.plane.kubeconfig, tmp_path) as proxy:
+        proxy.faults.answer = answer
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(proxy.kubeconfig)
+        )
+        thread = in_background(story)
+        assert osft("logs", "run", "-f", "-n", scene.namespace) == 0
+        thread.join()
+    said = capfd.readouterr()
+    assert said.out == "first\n"
+    assert "pod run-master-0 has no log yet" in said.err

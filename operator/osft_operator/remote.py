@@ -124,7 +124,8 @@ class Remote:
             )
             yield from answer.stream(2**14, decode_content=True)
         except (client.ApiException, urllib3.exceptions.HTTPError) as error:
-            if getattr(error, "status", 0) == 400:
+            # 404 is also a kubelet's answer before it has taken up a pod that is bound to it.
+            if getattr(error, "status", 0) in (400, 404):
                 raise Unreachable(f"pod {pod} has no log yet: {_body(error)}") from None
             raise _words(error) from None
 

@@ -101,6 +101,12 @@ def test_a_launch_that_cannot_work_is_refused(
         ({0: "crashes"}, ExitCode.TRY_AGAIN, 0, "KeyError: 'layer'"),
         ({0: "ends silently"}, ExitCode.TRY_AGAIN, -1, "rank 0 ended with exit code 1"),
         ({0: "is killed", 1: "loses its peer"}, ExitCode.TRY_AGAIN, -1, "rank 0 was killed"),
+        (
+            {1: "crashes in native code", 0: "loses its peer"},
+            ExitCode.TRY_AGAIN,
+            -1,
+            "rank 1 was ended by SIGSEGV; its log has the Python stacks",
+        ),
     ],
     ids=lambda value: "+".join(value.values()) if isinstance(value, dict) else None,
 )
@@ -265,6 +271,20 @@ def test_a_real_run_ends_with_its_progress_in_the_termination_message(
     assert (words.reason, words.exit_code) == ("Done", 0)
     assert words.progress is not None
     assert (words.progress.step, words.progress.final) == (6, str(folder.final))
+
+
+def test_a_rank_that_crashes_in_native_code_shows_where(base: Path, tmp_path: Path) -> None:
+    code = (
+        "import os\n"
+        "from osft_trainer import __main__ as rank\n"
+        "rank._run = lambda *told: os.abort()\n"
+        "rank.main()"
+    )
+    argv = tiny.argv(base, tmp_path / "data.jsonl", tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert "in main" in done.stderr
 
 
 def test_ranks_save_and_end_when_their_launcher_is_killed(base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Processes come from a fork server that has imported torch once, so that a run ta
 from __future__ import annotations
 
 import errno
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -249,6 +250,7 @@ CODES: dict[type[Exception], int] = {
 def _rank_main(
     function: Callable[..., None], rank: int, ranks: int, port: int, told: tuple[Any, ...]
 ) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),

@@ -63,6 +63,8 @@ def main() -> None:
         sys.exit(1)
     elif told == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif told == "crashes in native code":
+        os.kill(os.getpid(), signal.SIGSEGV)
     elif told == "saves when asked":
         on_term(Preempted("saved after step 5"))
     elif told == "loses its peer":

@@ -6,6 +6,7 @@ last words and exit code. Must never train, or decide anything about other ranks
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ from osft_trainer.lifeline import end_with_parent
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run this rank and exit with the code of `report.ExitCode`."""
+    # A crash in native code (torch, a driver) leaves no exception: the log gets the Python stacks.
+    faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s"

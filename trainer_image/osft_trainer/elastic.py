@@ -30,6 +30,9 @@ from osft_trainer.topology import ALONE, Topology
 STUCK_SECONDS = 2.0
 """A launcher that has not noticed a signal after this waits for other nodes inside torch."""
 
+_NATIVE_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""Ends at which a rank writes its Python stacks to stderr."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -124,6 +127,8 @@ def _after_failure(reports: Path, error: ChildFailedError) -> LastWords:
         how = "was killed (SIGKILL); if nobody did it, the memory limit did: see OOMKilled"
     elif failure.exitcode < 0:
         how = f"was ended by {signal.Signals(-failure.exitcode).name}"
+        if -failure.exitcode in _NATIVE_CRASHES:
+            how += "; its log has the Python stacks"
     else:
         how = f"ended with exit code {failure.exitcode} and no word"
     return last_words.of_code(ExitCode.TRY_AGAIN, "Crashed", f"rank {rank} {how}")

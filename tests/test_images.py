@@ -1,32 +1,40 @@
 """The two images, without a container engine: their Dockerfiles read, their build steps run.
 
-The RUN lines of the build stage run as they stand, with the folders of the image below a temporary
-one and a fresh virtual environment for the base image's Python; what the last stage copies is then
-started by its ENTRYPOINT with nothing but its ENV. Not run: the last stage's own RUN lines, which
-need root; and bytecode is not compiled, to save time. Takes some minutes, most of it the trainer's
-packages: nothing is shared with this environment on purpose.
+The RUN lines of the build stages run as they stand, with the folders of the image below others and
+a fresh virtual environment for the base image's Python; what the last stage copies is then started
+by its ENTRYPOINT with nothing but its ENV. Not run: the last stage's own RUN lines, which need
+root; and bytecode is not compiled, to save time. The stage with others' packages takes minutes and
+is kept, as an image builder keeps it, until one of its lines or files changes; nothing is shared
+with this environment on purpose.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import time
 import venv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from cluster import binaries
 
 # A cold download and two cores that others use too.
 pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parents[1]
 BASE = "python:3.11-slim-bookworm"
-FOLDERS = re.compile(r"(?<![\w./-])/(source|wheels|opt/osft)\b")
+FOLDERS = re.compile(r"(?<![\w./-])/(source|wheels|ours|opt/osft)\b")
 DOCKERFILES = {
     "operator": ROOT / "operator" / "Dockerfile",
     "trainer": ROOT / "trainer_image" / "Dockerfile",
@@ -82,7 +90,12 @@ class Image:
 
     def inside(self, text: str) -> str:
         """Paths of the image as paths of this machine."""
-        return FOLDERS.sub(lambda match: f"{self.root}/{match[1]}", text)
+        return placed(text, {}, self.root)
+
+
+def placed(text: str, folders: Mapping[str, Path], root: Path) -> str:
+    """Paths of an image as paths of this machine: of these folders, else below the root."""
+    return FOLDERS.sub(lambda match: str(folders.get(match[1], root / match[1])), text)
 
 
 def stages(dockerfile: Path) -> list[list[Instruction]]:
@@ -126,43 +139,103 @@ def copy_in(instruction: Instruction, folder: Path) -> None:
             shutil.copy(ROOT / source, goal)
 
 
-@pytest.fixture(scope="module", params=DOCKERFILES)
-def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """An image, built."""
-    root = tmp_path_factory.mktemp(request.param)
-    build, last = stages(DOCKERFILES[request.param])
-    built = Image(request.param, root, last)
-    venv.create(root / "base", with_pip=True)
+def build(stage: list[Instruction], root: Path, packages: Path) -> None:
+    """Run a stage that copies into /source, with others' packages and the base's Python there."""
     source = root / "source"
-    source.mkdir()
-    for instruction in build[2:]:
+    if root == packages:
+        source.mkdir()
+    else:  # it is FROM that stage
+        shutil.copytree(packages / "source", source)
+    for instruction in stage[1:]:
         if instruction.word == "COPY":
             copy_in(instruction, source)
-        else:
-            assert instruction.word == "RUN"
+        elif instruction.word == "RUN":
+            command = placed(instruction.text, {"opt/osft": packages / "opt/osft"}, root)
             done = subprocess.run(
-                ["bash", "-euc", built.inside(instruction.text)],
+                ["bash", "-euc", command],
                 cwd=source,
                 capture_output=True,
                 text=True,
                 timeout=1500,
                 check=False,
-                env={**os.environ, "PATH": f"{root}/base/bin:/usr/bin:/bin", "PIP_COMPILE": "0"},
+                env={
+                    **os.environ,
+                    "PATH": f"{packages}/base/bin:/usr/bin:/bin",
+                    "PIP_COMPILE": "0",
+                },
             )
             assert done.returncode == 0, f"{instruction.text}\n{done.stderr[-4000:]}"
+        else:
+            assert instruction == Instruction("WORKDIR", "/source")
+
+
+def kept_packages(stage: list[Instruction]) -> Path:
+    """The stage with others' packages, built where it stays until anything in it changes."""
+    copied = " ".join(each.text for each in stage if each.word == "COPY").split()
+    files = [(ROOT / name).read_bytes() for name in copied if name != "./"]
+    text = "\n".join(f"{each.word} {each.text}" for each in stage)
+    told = [text.encode(), sys.version.encode(), sys.base_prefix.encode(), *files]
+    digest = hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
+    kept = binaries.cache_home() / "images" / digest
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # Its paths are written into it: it cannot be made elsewhere and moved.
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (kept / "COMPLETE").exists():
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            venv.create(kept / "base", with_pip=True)
+            build(stage, kept, kept)
+        (kept / "COMPLETE").touch()
+    forget_unused(kept.parent)
+    return kept
+
+
+def forget_unused(folder: Path) -> None:
+    """Remove what no test has used for a fortnight: a trainer's packages are 2 GB."""
+    for mark in folder.glob("*/COMPLETE"):
+        if time.time() - mark.stat().st_mtime > 14 * 24 * 3600:
+            shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def link(source: str, target: str) -> None:
+    """Like a copy, without the time and the room, where both are on one disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@pytest.fixture(scope="module", params=DOCKERFILES)
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """An image, built."""
+    root = tmp_path_factory.mktemp(request.param)
+    packages, ours, last = stages(DOCKERFILES[request.param])
+    kept = kept_packages(packages)
+    build(ours, root / "build", kept)
+    built = Image(request.param, root, last)
+    layers = {"packages": kept, "build": root / "build"}
+    for instruction in last:
+        if instruction.word == "COPY":
+            stage, source, target = instruction.text.removeprefix("--from=").split()
+            shutil.copytree(
+                layers[stage] / source.lstrip("/"), root / target.lstrip("/"),
+                symlinks=True, copy_function=link, dirs_exist_ok=True,
+            )  # fmt: skip
     return built
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_dockerfile_is_pinned_and_not_root(name: str) -> None:
-    build, last = stages(DOCKERFILES[name])
-    assert [build[0].text, last[0].text] == [f"{BASE} AS build", BASE]
-    assert build[1] == Instruction("WORKDIR", "/source")
+    packages, ours, last = stages(DOCKERFILES[name])
+    froms = [stage[0].text for stage in (packages, ours, last)]
+    assert froms == [f"{BASE} AS packages", "packages AS build", BASE]
     user, group = one(last, "USER").split(":")
     assert int(user) > 0
     assert int(group) > 0
     copied = [each.text for each in last if each.word == "COPY"]
-    assert copied == ["--from=build /opt/osft /opt/osft"], "more than the packages goes in"
+    layers = ["--from=packages /opt/osft /opt/osft", "--from=build /ours /opt/osft"]
+    assert copied == layers, "more than the packages goes in"
     order = [each.word for each in last]
     assert order.index("USER") > max(at for at, word in enumerate(order) if word == "RUN")
 
@@ -178,7 +251,8 @@ def test_last_stage_installs_no_python_packages_and_removes_pip(name: str) -> No
 def test_every_copied_path_is_there_and_sent_to_the_builder(name: str) -> None:
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in sent
-    for instruction in stages(DOCKERFILES[name])[0]:
+    packages, ours, _ = stages(DOCKERFILES[name])
+    for instruction in [*packages, *ours]:
         if instruction.word == "COPY":
             for source in instruction.text.split()[:-1]:
                 assert (ROOT / source).exists()
@@ -193,6 +267,16 @@ def test_commands_are_what_pods_run() -> None:
         "operator": ["python", "-m", "osft_operator"],
         "trainer": ["python", "-m", "osft_trainer.launch"],
     }
+
+
+def test_our_layer_is_small(image: Image) -> None:
+    """A new version of ours leaves the gigabytes of others where they are."""
+    ours = image.root / "build" / "ours"
+    names = {path.name for path in ours.glob("lib/python*/site-packages/*")}
+    assert names
+    assert all(name.startswith("osft") for name in names), names
+    files = [path for path in ours.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3_000_000
 
 
 def test_image_holds_what_it_needs_and_nothing_more(

@@ -103,9 +103,9 @@ def test_run_on_two_nodes_ends_with_the_status(material: Path, tmp_path: Path) -
 
 
 def test_interrupt_saves_and_the_same_command_goes_on(material: Path, tmp_path: Path) -> None:
-    calm = write_job(tmp_path / "calm.yaml", "calm", maxSteps=200)
+    calm = write_job(tmp_path / "calm.yaml", "calm", maxSteps=80)
     assert osft("run", calm, "--volumes", material).returncode == 0
-    file = write_job(tmp_path / "stopped.yaml", "stopped", maxSteps=200)
+    file = write_job(tmp_path / "stopped.yaml", "stopped", maxSteps=80)
     command = [OSFT, "run", str(file), "--volumes", str(material)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     wait_for("some steps", lambda: len(losses(material, "stopped")) >= 3, timeout_seconds=120)
@@ -113,7 +113,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(material: Path, tmp_path: 
     out, _ = running.communicate(timeout=120)
     assert running.returncode == 130
     assert "go on from the newest checkpoint" in out
-    assert 3 <= len(losses(material, "stopped")) < 200
+    assert 3 <= len(losses(material, "stopped")) < 80
     assert list((material / "stopped-checkpoints" / "stopped" / "checkpoints").glob("*/COMPLETE"))
     done = osft("run", file, "--volumes", material)
     assert done.returncode == 0, done.stdout + done.stderr

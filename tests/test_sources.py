@@ -16,7 +16,7 @@ import pytest
 from pyarrow import ipc, parquet
 
 import tiny
-from osft_trainer import sources
+from osft_trainer import json_rows, tables
 from osft_trainer.data import prepare
 from osft_trainer.faults import Faults
 from osft_trainer.sources import data_files, read_rows
@@ -107,7 +107,7 @@ def test_an_array_is_read_in_pieces_of_any_length(
     rows = [{"é": '"\\u00e9\\"]', "n": [1.5e3, None, True, {"": []}]}, 123, "x\n", {}, -1, [], "12"]
     path = tmp_path / "d.json"
     path.write_text(f" {json.dumps(rows, indent=2)} \n")
-    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", pieces)
+    monkeypatch.setattr(json_rows, "_CHUNK_CHARACTERS", pieces)
     read = list(read_rows([path], Faults()))
     assert [row.value for row in read] == rows
     lines = [2, 13, 14, 15, 16, 17, 18]
@@ -160,12 +160,30 @@ def footer(path: Path) -> slice:
     return slice(-8 - length, -8 - length + 30)
 
 
+def second_batch(path: Path) -> int:
+    """Where the second batch of a stream begins."""
+    with arrow.OSFile(str(path)) as source:
+        messages = ipc.MessageReader.open_stream(source)
+        for _ in ("schema", "first batch"):
+            messages.read_next_message()
+        place: int = source.tell()
+    return place
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "header of a Parquet page": ("d.parquet", lambda path: flipped(path, slice(4, 24))),
     "page of Parquet": ("d.parquet", lambda path: flipped(path, slice(60, 120))),
     "footer of Parquet": ("d.parquet", lambda path: flipped(path, footer(path))),
     "end of a file of Arrow": ("d.arrow", lambda path: os.truncate(path, 3000)),
     "end of a stream of Arrow": ("stream.arrow", lambda path: os.truncate(path, 3000)),
+    "stream of Arrow between two batches": (
+        "stream.arrow",
+        lambda path: os.truncate(path, second_batch(path)),
+    ),
+    "end mark of a stream of Arrow": (
+        "stream.arrow",
+        lambda path: os.truncate(path, path.stat().st_size - 8),
+    ),
     "lengths in Arrow": ("stream.arrow", lambda path: flipped(path, slice(1700, 1800))),
 }
 
@@ -206,7 +224,7 @@ def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
     def lacking(name: str) -> Any:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(sources.importlib, "import_module", lacking)
+    monkeypatch.setattr(tables.importlib, "import_module", lacking)
     with pytest.raises(
         ValueError, match=r"d\.parquet needs the package pyarrow: pip install 'osft\[data\]'"
     ):

@@ -1,7 +1,7 @@
 """What is wrong with the data: collected and told all at once, or skipped and counted.
 
-Lives here: the list of faults, and the choice between an error and going on. Filled by `sources`
-and `samples`, emptied by `data.prepare`. Must never: drop a fault that it does not count.
+Lives here: the list of faults, and the choice between an error and going on. Filled by `json_rows`,
+`tables` and `samples`, emptied by `data.prepare`. Must never: drop a fault that it does not count.
 """
 
 import logging
@@ -27,7 +27,7 @@ class Faults:
     on_bad_sample: OnBadSample = "error"
     found: list[str] = field(default_factory=list)
     rows: int = 0
-    """Rows read, sound or not; counted by `sources`."""
+    """Rows read, sound or not; counted by the readers."""
     skipped: int = 0
     """Bad ones that were left out, in mode skip."""
     _rows_at_first: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from osft_trainer import identity
+from osft_trainer import identity, previous_runs
 from osft_trainer.config import RunParameters, TrainingParameters
 from osft_trainer.identity import (
     NOT_IN_FINGERPRINT,
@@ -201,8 +201,9 @@ def test_a_crash_while_moving_loses_and_mixes_nothing(
         return act
 
     with monkeypatch.context() as patch:
-        patch.setattr(identity.os, "rename", count(os.rename))
-        patch.setattr(identity, "write_atomically", count(identity.write_atomically))
+        patch.setattr(os, "rename", count(os.rename))
+        for module in (identity, previous_runs):
+            patch.setattr(module, "write_atomically", count(module.write_atomically))
         patch.setattr(Path, "unlink", count(Path.unlink))
         with pytest.raises(PowerCut):
             claim(folder, named("new", on_existing_run="restart"), prints(seed=1))

@@ -1,16 +1,16 @@
 """Whose run folder it is: fingerprint, claim, and what becomes of another run's results.
 
-Lives here: the digest that tells whether two runs are the same training, the OWNER file, and moving
-an old run to `previous-<n>/`. Called by `worker` (claim), by the first rank before each rename
-(`check_owner`) and by the launcher (`is_finished`, `standing_verdict`). One process claims, never
-two ranks at once. Must never import torch, delete results, or touch files that no run wrote.
+Lives here: the digest that tells whether two runs are the same training, and the OWNER file;
+`previous_runs` moves what is another's out of the way. Called by `worker` (claim), by the first
+rank before each rename (`check_owner`) and by the launcher (`is_finished`, `standing_verdict`). One
+process claims, never two ranks at once. Must never import torch, delete results, or touch files
+that no run wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from osft_trainer import previous_runs
 from osft_trainer.config import RunParameters, TrainingParameters
-from osft_trainer.durable import put_back, remove_unfinished
 from osft_trainer.outcome import Superseded
 from osft_trainer.report import (
     MAX_DOCUMENT_BYTES,
@@ -151,7 +151,7 @@ def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
         ValueError: the folder holds another run; names what differs and the ways out.
         Superseded: a newer attempt of this run owns the folder.
     """
-    _finish_setting_aside(folder)
+    previous_runs.finish_setting_aside(folder)
     run_id = run.run_id or prints.digest
     owner = read_document(folder.owner, OwnerRecord)
     if owner is not None and owner.run_id == run_id:
@@ -160,7 +160,7 @@ def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
                 f"{folder.root}: attempt {owner.attempt} of this run owns the folder, "
                 f"this is attempt {run.attempt}"
             )
-    elif owner is not None or _has_results(folder):
+    elif owner is not None or previous_runs.has_results(folder):
         _settle_other_run(folder, owner, run, prints)
     # Whoever got here may try again: an older verdict is about arguments that have changed.
     folder.verdict.unlink(missing_ok=True)
@@ -177,9 +177,7 @@ def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
         # Nobody would read it; what differs can then not be named, all else still works.
         text = record.model_copy(update={"parts": {}}).to_json()
     write_atomically(folder.owner, text)
-    _put_back(folder)
-    for parent, name in _exchanged(folder):
-        remove_unfinished(parent, name)
+    previous_runs.mend_exports(folder)
     model = str(prints.parts["model"])
     return Claim(run_id, run.attempt, prints.digest, _state(folder), token, model)
 
@@ -236,13 +234,13 @@ def _settle_other_run(
 ) -> None:
     """Decide about results that are not this run's: go on, move them away, or refuse."""
     if run.on_existing_run == "restart":
-        _set_aside(folder)
+        previous_runs.set_aside(folder)
         return
     if run.on_existing_run == "resume" and owner is not None:
         if owner.fingerprint == prints.digest:
             return
         if _failed_for_good_without_results(folder, owner):
-            _set_aside(folder)
+            previous_runs.set_aside(folder)
             return
     whose = "results without an OWNER file" if owner is None else f"run {owner.run_id}"
     lines = [f"ckpt_output_dir: {folder.root} holds {whose}"]
@@ -283,72 +281,11 @@ def _shown(parts: Mapping[str, Any], name: str) -> str:
     return json.dumps(info.get_default(call_default_factory=True))
 
 
-def _belongings(folder: RunFolder) -> list[Path]:
-    """What a run leaves in its folder, OWNER last. The cache is by content and stays for all."""
-    return [
-        folder.checkpoints,
-        folder.export_of_epoch(1).parent,
-        folder.final,
-        folder.metrics,
-        folder.progress,
-        folder.plan,
-        folder.logs,
-        folder.root / "wandb",
-        folder.verdict,
-        folder.owner,
-    ]
-
-
-def _has_results(folder: RunFolder) -> bool:
-    exports = folder.export_of_epoch(1).parent
-    return (
-        bool(folder.complete_checkpoints())
-        or RunFolder.is_complete(folder.final)
-        or (exports.is_dir() and any(exports.iterdir()))
-    )
-
-
 def _failed_for_good_without_results(folder: RunFolder, owner: OwnerRecord) -> bool:
     """Whether the other run is over and left nothing: a corrected one may take its place."""
     verdict = read_document(folder.verdict, Verdict)
-    return verdict is not None and verdict.run_id == owner.run_id and not _has_results(folder)
-
-
-_MOVING = "MOVING"
-"""File in `previous-<n>/` while things are moved there: a crash in between is made good by it."""
-
-
-def _set_aside(folder: RunFolder) -> None:
-    """Move the old run to the next `previous-<n>/`; a crash at any point loses nothing."""
-    _put_back(folder)
-    number = 1
-    while folder.previous(number).exists():
-        number += 1
-    target = folder.previous(number)
-    target.mkdir()
-    write_atomically(target / _MOVING, "")
-    _move(folder, target)
-
-
-def _put_back(folder: RunFolder) -> None:
-    """Make good what a crash has left half exchanged."""
-    for parent, name in _exchanged(folder):
-        put_back(parent, name)
-
-
-def _exchanged(folder: RunFolder) -> list[tuple[Path, str]]:
-    """Where model folders lie that a later one may replace: parent and name, or pattern."""
-    return [(folder.root, folder.final.name), (folder.best_export.parent, "*")]
-
-
-def _finish_setting_aside(folder: RunFolder) -> None:
-    for target in folder.root.glob("previous-*"):
-        if (target / _MOVING).is_file():
-            _move(folder, target)
-
-
-def _move(folder: RunFolder, target: Path) -> None:
-    for path in _belongings(folder):
-        if path.exists():
-            os.rename(path, target / path.name)
-    (target / _MOVING).unlink()
+    return (
+        verdict is not None
+        and verdict.run_id == owner.run_id
+        and not previous_runs.has_results(folder)
+    )

@@ -265,21 +265,24 @@ def test_a_kubelet_that_has_not_taken_up_the_pod_yet_is_waited_for(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     scene.tell(phase="Running", attempt=1)
-    scene.run_pod("run-master-0", "echo first", 1)
-    asked: list[Request] = []
-    known = threading.Event()
+    scene.run_pod("run-master-0", "echo first; echo second; echo third", 1)
+    path = f"/api/v1/namespaces/{scene.namespace}/pods/run-master-0"
+    refused, taken_up, read = (threading.Event() for _ in range(3))
 
     def answer(request: Request) -> bytes | None:
         if "/log?" not in request.path:
             return None
-        asked.append(request)
-        if len(asked) > 2:
-            known.set()
+        if taken_up.is_set():
+            read.set()
             return None
+        refused.set()
         return refusal(404, "NotFound")
 
     def story() -> None:
-        known.wait()
+        refused.wait()
+        wait_for("its end", lambda: scene.api.get(path)["status"].get("phase") == "Succeeded")
+        taken_up.set()
+        read.wait()
         scene.end()
 
     with FaultProxy(cluster.plane.kubeconfig, tmp_path) as proxy:
@@ -288,8 +291,8 @@ def test_a_kubelet_that_has_not_taken_up_the_pod_yet_is_waited_for(
             "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(proxy.kubeconfig)
         )
         thread = in_background(story)
-        assert osft("logs", "run", "-f", "-n", scene.namespace) == 0
+        assert osft("logs", "run", "-f", "--tail", "2", "-n", scene.namespace) == 0
         thread.join()
     said = capfd.readouterr()
-    assert said.out == "first\n"
+    assert said.out == "second\nthird\n", "the tail that was asked for, and nothing twice"
     assert "pod run-master-0 has no log yet" in said.err

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from rich.console import Console
@@ -108,7 +109,8 @@ class LogReader:
             NoPod: there is no pod.
             RemoteError: there is no log.
         """
-        self._copy(self._find(self._remote.job(self._name)).pod, options)
+        for _ in self._copied(self._find(self._remote.job(self._name)).pod, options):
+            pass
 
     def follow(self, tail: int | None) -> None:
         """All that comes, until the job has ended; a break of the connection is sat out."""
@@ -131,9 +133,11 @@ class LogReader:
             if self._at_end and not (container.running and silent > END_SECONDS):
                 return
             options = {"since_seconds": max(1, round(silent))}
-        self._read, self._at_end = container, False
-        self._copy(container.pod, {**options, "follow": True})
-        self._at_end = True
+        self._at_end = False
+        for _ in self._copied(container.pod, {**options, "follow": True}):
+            # Not before: of a container that refuses at first, all that was asked for is to come.
+            self._read = container
+        self._read, self._at_end = container, True
 
     def _find(self, job: Object) -> Container:
         """Rank 0's pod, and which of its containers runs or ran last."""
@@ -150,11 +154,13 @@ class LogReader:
         running = any("running" in (status.get("state") or {}) for status in statuses)
         return Container(name, str(pod["metadata"].get("uid")), restarts, running)
 
-    def _copy(self, pod: str, options: dict[str, Any]) -> None:
+    def _copied(self, pod: str, options: dict[str, Any]) -> Iterator[None]:
+        """Copy the log, and come back after each piece."""
         for part in self._remote.log(pod, **options):
             self._out.write(part)
             self._out.flush()
             self._read_at = time.monotonic()
+            yield
 
     def _note(self, text: str) -> None:
         """Say a thing that may pass once, not every two seconds."""

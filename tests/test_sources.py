@@ -160,6 +160,10 @@ def footer(path: Path) -> slice:
     return slice(-8 - length, -8 - length + 30)
 
 
+def doubled(path: Path) -> None:
+    path.write_bytes(2 * path.read_bytes())
+
+
 def second_batch(path: Path) -> int:
     """Where the second batch of a stream begins."""
     with arrow.OSFile(str(path)) as source:
@@ -184,6 +188,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
         "stream.arrow",
         lambda path: os.truncate(path, path.stat().st_size - 8),
     ),
+    "one stream of Arrow behind another": ("stream.arrow", doubled),
     "lengths in Arrow": ("stream.arrow", lambda path: flipped(path, slice(1700, 1800))),
 }
 

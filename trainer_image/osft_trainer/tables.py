@@ -36,13 +36,21 @@ def of_arrow(file: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
     with _readable(file), arrow.OSFile(str(file)) as source:
         if source.read(6) == b"ARROW1":
             table = ipc.open_file(source)
-            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+            batches: Iterator[Any] = (
+                table.get_batch(number) for number in range(table.num_record_batches)
+            )
         else:
             if not _has_stream_end(source):
                 raise arrow.ArrowInvalid("its stream of batches has no end mark: it was cut off")
             source.seek(0)
-            batches = iter(ipc.open_stream(source))
+            batches = _batches_of_stream(arrow, ipc.open_stream(source), source)
         yield from _rows_of_batches(file, batches, faults)
+
+
+def _batches_of_stream(arrow: Any, stream: Iterator[Any], source: Any) -> Iterator[Any]:
+    yield from stream
+    if source.tell() != source.size():
+        raise arrow.ArrowInvalid("there is more behind the end of its stream of batches")
 
 
 def _has_stream_end(source: Any) -> bool:

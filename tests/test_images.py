@@ -139,18 +139,34 @@ def copy_in(instruction: Instruction, folder: Path) -> None:
             shutil.copy(ROOT / source, goal)
 
 
-def build(stage: list[Instruction], root: Path, packages: Path) -> None:
-    """Run a stage that copies into /source, with others' packages and the base's Python there."""
+@dataclass(frozen=True)
+class Places:
+    """Where the stages of a build lie on this machine."""
+
+    stages: Mapping[str, Path]
+    """Roots, by name."""
+    base: Path
+    """A virtual environment in the place of the base image's Python."""
+    packages: Path
+    """The root whose /opt/osft the stages mean."""
+
+
+def build(stage: list[Instruction], root: Path, at: Places) -> None:
+    """Run a stage; what it copies and makes is in /source of its root."""
     source = root / "source"
-    if root == packages:
-        source.mkdir()
-    else:  # it is FROM that stage
-        shutil.copytree(packages / "source", source)
+    parent = stage[0].text.split()[0]
+    if parent in at.stages:
+        shutil.copytree(at.stages[parent] / "source", source)
+    else:
+        source.mkdir(parents=True)
     for instruction in stage[1:]:
-        if instruction.word == "COPY":
+        if instruction.text.startswith("--from="):
+            name, made, _ = instruction.text.removeprefix("--from=").split()
+            shutil.copy(at.stages[name] / made.lstrip("/"), source)
+        elif instruction.word == "COPY":
             copy_in(instruction, source)
         elif instruction.word == "RUN":
-            command = placed(instruction.text, {"opt/osft": packages / "opt/osft"}, root)
+            command = placed(instruction.text, {"opt/osft": at.packages / "opt/osft"}, root)
             done = subprocess.run(
                 ["bash", "-euc", command],
                 cwd=source,
@@ -160,7 +176,7 @@ def build(stage: list[Instruction], root: Path, packages: Path) -> None:
                 check=False,
                 env={
                     **os.environ,
-                    "PATH": f"{packages}/base/bin:/usr/bin:/bin",
+                    "PATH": f"{at.base}/bin:/usr/bin:/bin",
                     "PIP_COMPILE": "0",
                 },
             )
@@ -169,12 +185,17 @@ def build(stage: list[Instruction], root: Path, packages: Path) -> None:
             assert instruction == Instruction("WORKDIR", "/source")
 
 
-def kept_packages(stage: list[Instruction]) -> Path:
-    """The stage with others' packages, built where it stays until anything in it changes."""
-    copied = " ".join(each.text for each in stage if each.word == "COPY").split()
-    files = [(ROOT / name).read_bytes() for name in copied if name != "./"]
+def kept_packages(stage: list[Instruction], needed: Path) -> Path:
+    """The stage with others' packages, built where it stays until what it is made of changes.
+
+    Args:
+        stage: its instructions.
+        needed: root of the stage that says which packages.
+    """
     text = "\n".join(f"{each.word} {each.text}" for each in stage)
-    told = [text.encode(), sys.version.encode(), sys.base_prefix.encode(), *files]
+    files = [ROOT / "constraints.txt", needed / "source" / "needed.txt"]
+    told = [text.encode(), sys.version.encode(), sys.base_prefix.encode()]
+    told += [file.read_bytes() for file in files]
     digest = hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
     kept = binaries.cache_home() / "images" / digest
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +206,7 @@ def kept_packages(stage: list[Instruction]) -> Path:
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
             venv.create(kept / "base", with_pip=True)
-            build(stage, kept, kept)
+            build(stage, kept, Places({"needed": needed}, kept / "base", kept))
         (kept / "COMPLETE").touch()
     forget_unused(kept.parent)
     return kept
@@ -210,11 +231,13 @@ def link(source: str, target: str) -> None:
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
     """An image, built."""
     root = tmp_path_factory.mktemp(request.param)
-    packages, ours, last = stages(DOCKERFILES[request.param])
-    kept = kept_packages(packages)
-    build(ours, root / "build", kept)
-    built = Image(request.param, root, last)
+    first, packages, ours, last = stages(DOCKERFILES[request.param])
+    # Its Python is used as it is: what it prints is not of the image.
+    build(first, root / "needed", Places({}, Path(sys.prefix), root))
+    kept = kept_packages(packages, root / "needed")
     layers = {"packages": kept, "build": root / "build"}
+    build(ours, layers["build"], Places(layers, kept / "base", kept))
+    built = Image(request.param, root, last)
     for instruction in last:
         if instruction.word == "COPY":
             stage, source, target = instruction.text.removeprefix("--from=").split()
@@ -227,9 +250,9 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_dockerfile_is_pinned_and_not_root(name: str) -> None:
-    packages, ours, last = stages(DOCKERFILES[name])
-    froms = [stage[0].text for stage in (packages, ours, last)]
-    assert froms == [f"{BASE} AS packages", "packages AS build", BASE]
+    first, packages, ours, last = stages(DOCKERFILES[name])
+    froms = [stage[0].text for stage in (first, packages, ours, last)]
+    assert froms == [f"{BASE} AS needed", f"{BASE} AS packages", "packages AS build", BASE]
     user, group = one(last, "USER").split(":")
     assert int(user) > 0
     assert int(group) > 0
@@ -251,9 +274,9 @@ def test_last_stage_installs_no_python_packages_and_removes_pip(name: str) -> No
 def test_every_copied_path_is_there_and_sent_to_the_builder(name: str) -> None:
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in sent
-    packages, ours, _ = stages(DOCKERFILES[name])
-    for instruction in [*packages, *ours]:
-        if instruction.word == "COPY":
+    *built, _ = stages(DOCKERFILES[name])
+    for instruction in [each for stage in built for each in stage]:
+        if instruction.word == "COPY" and not instruction.text.startswith("--from="):
             for source in instruction.text.split()[:-1]:
                 assert (ROOT / source).exists()
                 assert f"!{source}" in sent
@@ -267,6 +290,14 @@ def test_commands_are_what_pods_run() -> None:
         "operator": ["python", "-m", "osft_operator"],
         "trainer": ["python", "-m", "osft_trainer.launch"],
     }
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_layer_of_others_packages_is_made_of_what_seldom_changes(name: str) -> None:
+    """A builder makes it anew when any of this changes; pyproject.toml has our version."""
+    _, packages, _, _ = stages(DOCKERFILES[name])
+    copied = [each.text for each in packages if each.word == "COPY"]
+    assert copied == ["constraints.txt ./", "--from=needed /source/needed.txt ./"]
 
 
 def test_our_layer_is_small(image: Image) -> None:

@@ -17,7 +17,7 @@ import tiny
 from osft_trainer.config import TrainingParameters
 from osft_trainer.export import base_digest
 from osft_trainer.memory import converted, empty_model, memory_of
-from osft_trainer.model import convert, load_model
+from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import shard, start_world, stop_world
 from osft_trainer.plan_report import Report
@@ -48,6 +48,7 @@ def held_bytes(base: Path, training: TrainingParameters) -> dict[str, int]:
         hf, training.unfreeze_rank_ratio, training.parameterization, None, training.other_parameters
     )
     model = convert(hf, plan)
+    written = sum(t.numel() * t.element_size() for t in written_at_start(model))
     shard(model, world)
     trainables = model.trainables()
     optimizer = build_optimizer(trainables, training)
@@ -67,9 +68,22 @@ def held_bytes(base: Path, training: TrainingParameters) -> dict[str, int]:
         "gradients": size([p.grad for p in trainables.values()]),
         "adam": size(state),
         "saving": size(list(HostCopy().take(trainables, optimizer).tensors.values())),
+        "startup": written,
     }
     stop_world(world)
     return found
+
+
+def written_at_start(model: OSFTModel) -> list[torch.Tensor]:
+    """Every tensor whose numbers a rank writes into memory of its own before it is sharded."""
+    unwritten = [
+        tensor
+        for _, subspace in model.subspaces()
+        for name, tensor in [*subspace.named_buffers(), *subspace.named_parameters()]
+        if name not in ("base", "effective") and not (tensor.requires_grad and tensor.any())
+    ]
+    ids = {id(tensor) for tensor in unwritten}
+    return [t for t in [*model.parameters(), *model.buffers()] if id(t) not in ids]
 
 
 def planned_bytes(base: Path, training: TrainingParameters, processes: int) -> dict[str, int]:
@@ -90,6 +104,7 @@ def planned_bytes(base: Path, training: TrainingParameters, processes: int) -> d
         "gradients": memory.gradients,
         "adam": memory.adam,
         "saving": memory.saving,
+        "startup": memory.startup,
     }
 
 

@@ -51,8 +51,9 @@ class Memory:
     frozen: int
     """Everything that is no target and is not trained."""
     startup: int
-    """Host memory of one rank while it loads: the whole model and the effective weights, not yet
-    shared out. The bases are mapped from their files, for all ranks of a node together."""
+    """Host memory of one rank while it loads: the whole model, the effective weights and what is
+    trained, unless it begins at zero; not yet shared out. The bases are mapped from their files,
+    for all ranks of a node together."""
     saving: int
     """Host memory of one rank from the first save on: its copy of what is trained and both moments,
     into which every state is taken; pinned on CUDA, where each tensor takes a power of two."""
@@ -127,9 +128,9 @@ def memory_of(
     trained = trained_whole = startup = saving = 0
     for kind, tensor in _tensors(model.hf):
         size = _share(tensor, 1 if kind == "buffer" else processes)
-        if kind not in ("trained", "bases"):
+        if kind not in ("zeros", "bases"):
             startup += tensor.numel() * tensor.element_size()
-        if kind == "trained":
+        if kind in ("trained", "zeros"):
             trained += size // tensor.element_size()
             trained_whole += tensor.numel()
             # The value and both moments.
@@ -158,7 +159,9 @@ def _tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 continue
             seen.add(id(parameter))
             if parameter.requires_grad:
-                yield "trained", parameter
+                # The memory of zeros is the system's until they are written.
+                is_zero = isinstance(module, SubspaceWeight) and name == "factor"
+                yield "zeros" if is_zero else "trained", parameter
             elif isinstance(module, SubspaceWeight):
                 yield "effective" if name == "effective" else "bases", parameter
             else:
@@ -201,8 +204,9 @@ def _activations(
     """What one pass holds, from the shapes of the modules.
 
     Each matrix's output twice (itself, and what the next operation makes of it), four times the
-    hidden state for norms and residuals; logits and their gradient in float32. What selective
-    recomputation keeps: each matrix's output once, attention's, and the block's input.
+    hidden state for norms and residuals; logits and their gradient in float32, and of a head that
+    is trained its gradient as it is added up and as it comes. What selective recomputation keeps:
+    each matrix's output once, attention's, and the block's input.
     """
     config = model.hf.config
     width = model.compute_dtype.itemsize
@@ -212,11 +216,18 @@ def _activations(
     chunked = config.model_type in PACKED_FAMILIES
     logits = (min(tokens, _LOGIT_TOKENS) if chunked else tokens) * int(config.vocab_size)
     head = logits * (4 + 4 + width)
+    if width < 4 and _trains_head(model):
+        head += hidden * int(config.vocab_size) * (4 + width)
     if activation_checkpointing:
         inputs = len(each) * tokens * hidden * width
         kept = sum(_outputs(block, config) + hidden for block in blocks) if selective else 0
         return inputs + tokens * width * kept + max(each) + head
     return sum(each) + head
+
+
+def _trains_head(model: OSFTModel) -> bool:
+    head = model.hf.get_output_embeddings()
+    return head is not None and any(p.requires_grad for p in head.parameters())
 
 
 def _outputs(block: nn.Module, config: object) -> int:

@@ -116,7 +116,8 @@ def build_model(
     selective = training.selective_activation_checkpointing
     liger_off = apply_liger(hf, training.use_liger, world.device, selective)
     dense_mask = use_variable_length(hf, world.device)
-    if world.rank == 0:
+    if world.local_rank == 0:
+        # Of each node: what a machine lacks, another may have.
         logger.info("%s", liger_off or "Liger kernels are on")
         logger.info("%s", dense_mask or "packed samples take torch's variable-length attention")
     if training.activation_checkpointing:
@@ -127,7 +128,7 @@ def build_model(
     if text is not None:
         _write_retention(text, bases, folder, world)
     model = convert(hf, plan, decompose=bases.decompose, fused_loss=liger_off is None)
-    fill_masters(hf, Path(training.model_path), dtype)
+    fill_masters(hf, Path(training.model_path), dtype, tell=world.rank == 0)
     if training.torch_compile:
         compile_blocks(hf, world.device)
     shard(model, world)

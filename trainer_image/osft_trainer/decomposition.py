@@ -41,7 +41,7 @@ from osft_trainer.retention import RetentionText, rows
 from osft_trainer.subspace import Split, needed_parts, split_weight
 from osft_trainer.targets import Plan, Target
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the digest: raise it when the numbers or the files change."""
 
 _PROBE_TOKENS = 16

@@ -78,13 +78,14 @@ def _failure_of_kernels(device: torch.device) -> str | None:
     """
     if not torch.cuda.is_available():
         return None
-    from liger_kernel.ops import LigerSiLUMulFunction
-
     try:
+        from liger_kernel.ops import LigerSiLUMulFunction
+
         x = torch.zeros(1, 16, device=device)
         LigerSiLUMulFunction.apply(x, x)
         torch.cuda.synchronize(device)
-    # A missing compiler, header, driver library or assembler: each raises a kind of its own.
+    # A missing compiler, header, driver library or assembler: each raises a kind of its own; and
+    # what is imported here has moved between Liger's versions.
     except Exception as error:
         return (str(error) or type(error).__name__).splitlines()[0]
     return None

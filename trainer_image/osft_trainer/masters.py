@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype) -> None:
+def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype, tell: bool = True) -> None:
     """Copy into each float32 master what the files hold.
 
     Args:
         hf: converted, whole on this rank.
         folder: of the base.
         loaded: the type that the model was loaded in.
+        tell: warn of what stays rounded; all ranks find the same.
     """
     files = BaseWeights(folder)
     if not files.loses_some(loaded):
@@ -43,7 +44,7 @@ def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype) -> None
             rounded.append(name)
         else:
             master.copy_(exact)
-    if rounded:
+    if rounded and tell:
         logger.warning(
             "%d trained parameters start as compute_dtype has rounded them, such as %s: the "
             "base's files have them under other names or in other shapes",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+import drawn
 from soak_record import SoakRecord
 
 pytest_plugins = ["cluster.fixtures", "end_to_end_fixtures"]
@@ -26,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # a shell's background job hands down that Ctrl-C is ignored
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "OSFT_SOAK" in os.environ and not hasattr(config, "workerinput"):
+    drawn.load_profile()
+    if drawn.SOAK and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SoakRecord())
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
+from drawn import examples
 from osft_trainer.arguments import TrainerArguments, describe, explain, from_argv
 from osft_trainer.config import (
     LaunchParameters,
@@ -85,7 +86,7 @@ LAUNCHES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(80), suppress_health_check=[HealthCheck.too_slow])
 @given(st.builds(TrainerArguments, TRAININGS, RUNS, LAUNCHES))
 def test_the_command_line_carries_every_value(arguments: TrainerArguments) -> None:
     assert from_argv(arguments.to_argv()) == arguments

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drawn import examples
 from osft_trainer.order import epoch_order
 from osft_trainer.packing import (
     GlobalBatch,
@@ -144,7 +145,7 @@ def test_only_the_ranks_own_samples_are_read(
     assert len(read) == 8  # three ranks together: the batch, once
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     lengths=st.lists(st.integers(1, 100), max_size=80),
     world_size=st.integers(1, 9),
@@ -161,7 +162,7 @@ def test_packing_keeps_its_promises(lengths: list[int], world_size: int, capacit
     assert pack(np.array(lengths, dtype=np.int64), world_size, capacity) == rounds
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @ANY_SAMPLES_RANKS_AND_CAPACITY
 def test_even_rounds_are_as_few_as_spreading_allows(
     lengths: list[int], world_size: int, capacity: int
@@ -227,7 +228,7 @@ def test_sample_beyond_the_capacity_is_refused() -> None:
         pack([3, 12], 2, 10)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @ANY_SAMPLES_RANKS_AND_CAPACITY
 def test_no_plan_waits_longer_than_longest_processing_time(
     lengths: list[int], world_size: int, capacity: int

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from drawn import examples
 from job_samples import job
 from osft_operator.names import QUEUE_LABEL, WORKLOAD_PRIORITY_LABEL
 from osft_operator.policy import Allowed, Rule, denials
@@ -377,7 +378,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, phases=[Phase.generate])
+@settings(max_examples=examples(300), deadline=None, phases=[Phase.generate])
 @given(spec=st.dictionaries(KEY, JSON, max_size=4))
 def test_no_pod_template_breaks_the_operator(spec: dict[str, Any]) -> None:
     body = OSFTJob.model_validate(job({POD: spec}))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from drawn import examples
 from osft_operator.decide import DeletePyTorchJob
 from osft_operator.observed import text_of
 from world import START, World, last_words, running
@@ -185,7 +186,7 @@ def test_a_lost_status_is_found_again() -> None:
     assert world.status["phase"] == "Running"
 
 
-@settings(max_examples=80, deadline=None, phases=[Phase.generate])
+@settings(max_examples=examples(80), deadline=None, phases=[Phase.generate])
 @given(
     crashes=st.lists(st.sampled_from(["none", "before", "between"]), max_size=30),
     happenings=st.lists(

@@ -163,13 +163,15 @@ def test_bad_spec_is_refused_with_the_field(jobs: Jobs, body: dict[str, Any], fi
 
 
 def test_bad_spec_that_only_the_operator_sees_is_a_condition(jobs: Jobs) -> None:
-    """(e) Refused by policy: Accepted=False with the field; the next test has the same operator."""
+    """(e) Refused by policy: Accepted=False with the field, and the operator goes on."""
     pod = {"spec": {"containers": [{"name": "pytorch", "securityContext": {"privileged": True}}]}}
     jobs.apply(short("forbidden", spec={"podTemplate": pod}), check=False)
     if jobs.get("forbidden"):  # else the schema had no place for it
         accepted = wait_for("a verdict", lambda: _condition(jobs, "forbidden", "Accepted"))
         assert accepted["status"] == "False"
         assert "podTemplate" in accepted["message"]
+    jobs.apply(short("fine", spec={"suspend": True}))
+    jobs.wait_phase("fine", "Suspended")
 
 
 def test_bad_data_fails_with_pod_exit_code_and_line(jobs: Jobs) -> None:

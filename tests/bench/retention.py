@@ -56,7 +56,8 @@ def main() -> None:
     """Prepare, measure, print and write the result."""
     parser = _parser()
     arguments = parser.parse_args()
-    if arguments.out == RESULTS and (arguments.methods, arguments.rates) != (methods.USUAL, RATES):
+    is_whole = (arguments.methods, arguments.rates) == (methods.USUAL, RATES)
+    if arguments.out is None and not is_whole and not arguments.quick:
         parser.error("--methods and --rates need --out: the committed result is of all of them")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,22 +77,25 @@ def main() -> None:
     print(final_table(result))
     print(room_table(result))
     print(gap_table(result))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {arguments.out} after {time.monotonic() - began:.0f} s")
+    if arguments.out is not None or not arguments.quick:
+        out = arguments.out or RESULTS
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nwritten to {out}")
+    print(f"\nafter {time.monotonic() - began:.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed and rate, few steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and rate, few steps; writes no result"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=methods.METHODS, metavar="METHOD", default=methods.USUAL
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of the screen")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="needed with other methods, rates"
-    )
+    parser.add_argument("--out", type=Path, help="needed with other methods, rates")
     parser.add_argument(
         "--base", type=Path, help="keep the base models here, or take them from here"
     )
@@ -104,12 +108,14 @@ def _scope(arguments: argparse.Namespace) -> Scope:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """What measures the same again; where it is written does not count."""
+    """What measures the same again; where the whole is written does not count."""
     told = ["--quick"] if arguments.quick else []
     if arguments.methods != methods.USUAL:
         told += ["--methods", *arguments.methods]
     if arguments.rates != RATES:
         told += ["--rates", *(f"{rate:g}" for rate in arguments.rates)]
+    if told and arguments.out is not None:
+        told += ["--out", str(arguments.out)]
     return "make bench-retention" + (f' ARGS="{shlex.join(told)}"' if told else "")
 
 

@@ -44,7 +44,9 @@ def _prepare(folder: Path, seed: int) -> None:
         base.model(), base.tokenizer, tokens=TEXT_SAMPLES * 17, max_seq_len=40, seed=seed
     )
     written = "".join(json.dumps(line) + "\n" for line in lines)
-    (place / "own.jsonl").write_text(written, encoding="utf-8")
+    # Its existence says that the base is ready.
+    (place / "own.part").write_text(written, encoding="utf-8")
+    (place / "own.part").rename(place / "own.jsonl")
     print(f"  base model {seed} is ready", flush=True)
 
 

@@ -67,21 +67,30 @@ def retention_tables() -> str:
         "(of how many seeds, if not of all):"
     )
     parts = [
-        note, final_table(result), first, first_table(result), more, room_table(result), lacking,
-        gap_table(result),
-    ]  # fmt: skip
+        note,
+        final_table(result),
+        more,
+        room_table(result),
+        _folded("On the way: when the new skill is just learned", first, first_table(result)),
+        _folded("An old skill that the text lacks", lacking, gap_table(result)),
+    ]
     if PROJECTION.is_file():
-        parts += _projection(json.loads(PROJECTION.read_text(encoding="utf-8")))
+        parts.append(_projection(json.loads(PROJECTION.read_text(encoding="utf-8"))))
     return "\n\n".join(parts)
 
 
-def _projection(result: Numbers) -> list[str]:
+def _folded(summary: str, note: str, table: str) -> str:
+    """A table that a page shows when its line is clicked."""
+    return "\n\n".join([f"<details><summary>{summary}</summary>", note, table, "</details>"])
+
+
+def _projection(result: Numbers) -> str:
     note = (
         "`exact` projects the values after each step, `gradients too` the gradients before it as "
-        f"well. Both on one more base model of the same kind, at their best of more rates; "
-        f"`{result['command']}`:"
+        "well. Both on one base model more, of the same kind, at their best of more rates; today "
+        f"`{result['command']}` makes a base model for each seed:"
     )
-    return [note, final_table(result)]
+    return _folded("Projected gradients beside projected values", note, final_table(result))
 
 
 def final_table(result: Numbers) -> str:

@@ -30,6 +30,7 @@ from bench import machine, mini_trainer_peer, tables, turns
 from bench.methods import CUDA_ONLY, METHODS, Method, Setting
 from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, is_whole, save, step_flops
 from osft_trainer.parallel import World
+from osft_trainer.topology import usable_cpus
 
 RESULTS = Path(__file__).with_name("results")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -40,7 +41,13 @@ Numbers = dict[str, Any]
 
 def main() -> None:
     """Measure, write the result, print its table."""
-    arguments = _with_defaults(_parser().parse_args())
+    parser = _parser()
+    arguments = _with_defaults(parser.parse_args())
+    unknown = {*(arguments.methods or "").split(",")} - {*METHODS, ""}
+    if unknown:
+        parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
+    if arguments.device == "cpu":
+        torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench: --device cuda needs a CUDA device, and torch sees none here")
     if arguments.only is not None:
@@ -67,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, help="of a step; default: 512, on CUDA 8192")
     parser.add_argument("--rounds", type=int, help="turns of each method; default: 5, on CUDA 1")
     parser.add_argument("--steps", type=int, default=15, help="steps of a turn, on CUDA")
+    parser.add_argument("--threads", type=int, help="default: all cores, as one rank is given; CPU")
     parser.add_argument("--ratio", type=float, default=0.25, help="unfreeze_rank_ratio")
     parser.add_argument("--methods", help="some of them, comma-separated; default: all")
     parser.add_argument("--machine", help="its name in the result; default: processor or GPU")
@@ -86,15 +94,15 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     told = vars(arguments)
     told["suffix"] = "" if arguments.tokens is None else f"-{arguments.tokens}-tokens"
     told["suffix"] += "-random-bases" if arguments.random_bases else ""
-    told["shape"] = arguments.shape or _default_shape(arguments)
-    told["tokens"] = arguments.tokens or (8192 if on_cuda else 512)
+    # Whatever else was told: a command that names a shape shall be quick, too.
+    told["shape"] = "quick" if arguments.quick else arguments.shape or _default_shape(arguments)
+    told["tokens"] = arguments.tokens or (8192 if on_cuda and not arguments.quick else 512)
     told["rounds"] = arguments.rounds or (1 if on_cuda else 5)
+    told["threads"] = arguments.threads or usable_cpus()
     return arguments
 
 
 def _default_shape(arguments: argparse.Namespace) -> str:
-    if arguments.quick:
-        return "quick"
     return CPU_SHAPES[-1] if arguments.device == "cpu" else CUDA_SHAPES[0]
 
 

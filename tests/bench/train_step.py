@@ -55,6 +55,9 @@ def main() -> None:
         turns.take(method, _tokens(arguments), arguments)
         return
     names = [name for name in METHODS if _takes_part(name, arguments)]
+    if arguments.add and _path(arguments).is_file():
+        # Now, not when the first method has been measured.
+        added(json.loads(_path(arguments).read_text("utf-8")), _result(arguments, {}, {}))
     with tempfile.TemporaryDirectory(prefix="osft-bench-") as folder:
         arguments.base = arguments.base or Path(folder) / "base"
         if not is_whole(arguments.base, arguments.shape):
@@ -166,14 +169,17 @@ def _keep(arguments: argparse.Namespace, found: dict[str, Numbers], failed: dict
         return
     result = _result(arguments, found, failed)
     if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"train-{arguments.shape}-{arguments.device}{arguments.suffix}.json"
-        path = RESULTS / name
+        path = _path(arguments)
+        path.parent.mkdir(exist_ok=True)
         if arguments.add and path.is_file():
             result = added(json.loads(path.read_text(encoding="utf-8")), result)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {path}")
     print(tables.training_table(result), flush=True)
+
+
+def _path(arguments: argparse.Namespace) -> Path:
+    return RESULTS / f"train-{arguments.shape}-{arguments.device}{arguments.suffix}.json"
 
 
 def added(before: Numbers, result: Numbers) -> Numbers:

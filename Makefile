@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test soak check generate page verify clean
 .PHONY: bench bench-train bench-gpu bench-recompute bench-bases bench-retention bench-data bench-plan bench-operator bench-checkpoint
 SOAK := $(addprefix tests/test_,faults.py crashes.py two_operators.py fuzz.py chart.py training_faults.py \
-	resume.py policy.py status.py config.py packing.py report.py)
+	resume.py)
 
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -29,6 +29,7 @@ test: $(VENV)/.dev       ## everything, with a real control plane (built once, t
 
 soak: $(VENV)/.dev       ## faults, crashes, two operators and random input at full length
 	OSFT_SOAK=1 $(BIN)/python -m pytest -s $(SOAK)
+	OSFT_SOAK=1 $(BIN)/python -m pytest -m hypothesis
 
 check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/ruff format --check .

@@ -100,6 +100,9 @@ def test_the_table_gives_ratios_of_the_same_round() -> None:
     assert cells[:7] == ["OSFT", "1.800", "**0.90**", "0.50 to 1.10", "56", "1.000", "1.00"]
     assert cells[7:10] == ["2.0", "0.50", "6%"]
     assert cells[10:] == ["0.50", "2.00", "", "1.000", "1.00", ""]
+    # Of a command that ended early: what is of no pair is compared by the medians.
+    result["methods"]["OSFT"] = numbers([3.0, 1.0])
+    assert "| **1.00** | 1.00 to 1.00 |" in training_table(result).splitlines()[-1]
 
 
 def test_what_is_known_of_a_method_outlives_it(

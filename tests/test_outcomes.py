@@ -122,7 +122,8 @@ def test_pinned_memory_is_the_hosts(
         raise RuntimeError("CUDA error: out of memory\nCompile with ...")
 
     monkeypatch.setattr(HostCopy, "take", full)
-    with pytest.raises(OutOfMemory, match=r"the host .* phase Saving.*memory limit of the pod"):
+    cures = "train on more processes, which share the model, or raise the memory limit of the pod"
+    with pytest.raises(OutOfMemory, match=rf"the host .* phase Saving.*\): {cures}$"):
         run(base, tmp_path)
 
 

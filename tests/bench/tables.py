@@ -86,9 +86,13 @@ def _rounds(numbers: Numbers) -> str:
 
 def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) -> list[str]:
     seconds = statistics.median(numbers["step_seconds"])
-    # A command that had to end early may have done more turns of one than of another.
-    pairs = zip(numbers["step_seconds"], baseline["step_seconds"], strict=False)
-    ratios = [mine / theirs for mine, theirs in pairs]
+    mine, theirs = numbers["step_seconds"], baseline["step_seconds"]
+    if len(mine) == len(theirs):
+        ratios = [one / other for one, other in zip(mine, theirs, strict=True)]
+    else:
+        # A command that had to end early has more turns of one than of the other, or steps of one
+        # turn beside medians of several: there are no pairs.
+        ratios = [seconds / statistics.median(theirs)]
     static = sum(numbers["static_bytes"].values())
     cells = [
         f"{seconds:.3f}",

@@ -22,6 +22,7 @@ import torch
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.base_model import local_folder
+from osft_trainer.config import TrainingParameters
 from osft_trainer.export import base_digest
 from osft_trainer.identity import (
     Claim,
@@ -189,20 +190,27 @@ def _naming_lack_of_memory(arguments: TrainerArguments, reporter: Reporter) -> I
         )
         if not on_device and not on_host:
             raise
-        training = arguments.training
-        cures = [f"lower max_tokens_per_gpu (now {training.max_tokens_per_gpu})"]
+        said = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise OutOfMemory(
+            f"{'the GPU' if on_device else 'the host'} has no memory left for phase {now.phase} "
+            f"after step {now.step} ({said}): "
+            f"{', or '.join(_cures(arguments.training, on_host, now.phase))}"
+        ) from error
+
+
+def _cures(training: TrainingParameters, on_host: bool, phase: str) -> list[str]:
+    """What needs less memory, or gives more. Saving holds no batch."""
+    cures = []
+    if phase != "Saving":
+        cures.append(f"lower max_tokens_per_gpu (now {training.max_tokens_per_gpu})")
         if not training.activation_checkpointing:
             cures.append("set activation_checkpointing")
         if training.selective_activation_checkpointing:
             cures.append("unset selective_activation_checkpointing")
-        cures.append("train on more processes, which share the model")
-        if on_host:
-            cures.append("raise the memory limit of the pod")
-        said = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise OutOfMemory(
-            f"{'the GPU' if on_device else 'the host'} has no memory left for phase {now.phase} "
-            f"after step {now.step} ({said}): {', or '.join(cures)}"
-        ) from error
+    cures.append("train on more processes, which share the model")
+    if on_host:
+        cures.append("raise the memory limit of the pod")
+    return cures
 
 
 def _is_of_host(said: str, phase: str) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import settings
 SOAK = "OSFT_SOAK" in os.environ
 
 settings.register_profile("same", derandomize=True, database=None)
-settings.register_profile("other", print_blob=True)
+settings.register_profile("other", max_examples=20 * 100, print_blob=True)
 
 
 def load_profile() -> None:

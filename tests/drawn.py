@@ -1,7 +1,8 @@
-"""How many random examples a property is tried on, and whether they differ from run to run.
+"""Whether this run is a soak, and with it how many random examples a property is tried on.
 
-`make test` draws the same ones every time: whether a change passes must depend on the change.
-`make soak` draws twenty times as many, other ones each time.
+Asked by conftest and by every test that does more in a soak. `make test` draws the same examples
+every time: whether a change passes must depend on the change. `make soak` draws twenty times as
+many, other ones each time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from hypothesis import settings
 
 SOAK = "OSFT_SOAK" in os.environ
+"""Set by `make soak`."""
 
 settings.register_profile("same", derandomize=True, database=None)
 settings.register_profile("other", max_examples=20 * 100, print_blob=True)

@@ -8,7 +8,6 @@ set, every Kubernetes from the oldest to the newest is tried, else these two.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import helm_python
@@ -29,11 +28,12 @@ from chart_rendering import (
     toggles,
     validate,
 )
+from drawn import SOAK
 
 
 def _versions() -> list[str]:
     newest = kubernetes_validate.latest_version()
-    if not os.environ.get("OSFT_SOAK"):
+    if not SOAK:
         return [OLDEST, newest]
     first, last = (int(version.split(".")[1]) for version in (OLDEST, newest))
     return [f"1.{minor}" for minor in range(first, last + 1)]

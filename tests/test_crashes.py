@@ -8,7 +8,6 @@ each one way.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 import job_samples
 from cluster.control_plane import ControlPlane
+from drawn import SOAK
 from osft_operator.cluster import Cluster
 from osft_operator.kinds import LEASES, OSFTJOBS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import JOB_LABEL
@@ -163,7 +163,7 @@ def test_a_crash_at_any_write_changes_nothing(
             (at, after)
             for at in range(1, writes + 1)
             for after in (False, True)
-            if "OSFT_SOAK" in os.environ or after == bool(at % 2)
+            if SOAK or after == bool(at % 2)
         ]
         places = asyncio.Semaphore(AT_ONCE)
 

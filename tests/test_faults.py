@@ -8,7 +8,6 @@ shipped, and the faults last longer.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ import job_samples
 from cluster.api import ApiError, wait_for
 from cluster.control_plane import ControlPlane
 from cluster.fault_proxy import FaultProxy, Request, refusal, too_old
+from drawn import SOAK
 from operator_thread import OperatorThread
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 
-SOAK = "OSFT_SOAK" in os.environ
 RECOVERY_SECONDS = 30.0
 """What is promised."""
 HOLD_SECONDS = 40.0 if SOAK else 1.0

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
+from drawn import SOAK
 from job_samples import Object
 from job_strategies import FIELDS, Path, jobs
 from osft_operator.local_pods import pods
@@ -27,7 +27,7 @@ from osft_trainer.arguments import from_argv
 
 pytestmark = pytest.mark.cluster
 
-EXAMPLES = 2000 if "OSFT_SOAK" in os.environ else 50
+EXAMPLES = 2000 if SOAK else 50
 ACCEPTED_SHARE = 0.4
 DRY = "?dryRun=All&fieldValidation=Strict"
 SETTINGS = RenderSettings(trainer_image="trainer:1")

@@ -7,6 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,12 +141,17 @@ class Scene:
         self.api.post(f"/api/v1/namespaces/{self.namespace}/pods", body)
 
 
+def use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client package reads the variable once, when it is imported."""
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig)
+    )
+
+
 @pytest.fixture
 def scene(cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    monkeypatch.setenv("KUBECONFIG", str(cluster.plane.kubeconfig))
-    monkeypatch.setattr(
-        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.plane.kubeconfig)
-    )
+    use(cluster.plane.kubeconfig, monkeypatch)
     monkeypatch.setattr(remote_commands, "PAUSE_SECONDS", 0.1)
     return Scene(cluster, namespace)
 
@@ -209,9 +215,7 @@ def test_an_outage_is_sat_out(
 ) -> None:
     scene.tell(phase="Running")
     with FaultProxy(cluster.plane.kubeconfig, tmp_path) as proxy:
-        monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(proxy.kubeconfig)
-        )
+        use(proxy.kubeconfig, monkeypatch)
 
         looked = threading.Event()
         monkeypatch.setattr(remote_commands, "line", lambda job: (looked.set(), line(job))[1])
@@ -287,9 +291,7 @@ def test_a_kubelet_that_has_not_taken_up_the_pod_yet_is_waited_for(
 
     with FaultProxy(cluster.plane.kubeconfig, tmp_path) as proxy:
         proxy.faults.answer = answer
-        monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(proxy.kubeconfig)
-        )
+        use(proxy.kubeconfig, monkeypatch)
         thread = in_background(story)
         assert osft("logs", "run", "-f", "--tail", "2", "-n", scene.namespace) == 0
         thread.join()

@@ -5,7 +5,6 @@ With OSFT_SOAK set a run with compiled blocks, too.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import tiny
+from drawn import SOAK
 from osft_trainer.config import TrainingParameters
 from osft_trainer.report import RunFolder
 
@@ -76,7 +76,7 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(
     assert tiny.rows(told) == undisturbed, f"killed after {first} and {second} steps"
 
 
-@pytest.mark.skipif("OSFT_SOAK" not in os.environ, reason="every process compiles for a minute")
+@pytest.mark.skipif(not SOAK, reason="every process compiles for a minute")
 def test_two_ranks_with_compiled_blocks_go_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
     whole = parameters(base, tmp_path / "whole", num_epochs=2, torch_compile=True)
     tiny.complete(whole, ranks=2)

@@ -23,11 +23,12 @@ import pytest
 
 import rank_ends
 import tiny
+from drawn import SOAK
 from osft_trainer import loop as loop_module
 from osft_trainer.config import TrainingParameters
 from osft_trainer.report import RunFolder
 
-KILLS = 50 if "OSFT_SOAK" in os.environ else 5
+KILLS = 50 if SOAK else 5
 SUPERSEDED = 4
 
 

@@ -6,7 +6,6 @@ Each goes to the API server through a proxy of its own, which notes who writes w
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +18,11 @@ import operator_process
 from cluster.api import wait_for
 from cluster.control_plane import ControlPlane
 from cluster.fault_proxy import FaultProxy
+from drawn import SOAK
 from operator_process import OperatorProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 
-SOAK = "OSFT_SOAK" in os.environ
 VALUES: dict[str, Any] = {} if SOAK else operator_process.QUICK
 PAUSE_SECONDS = 60.0 if SOAK else 6.0
 """Longer than the Lease lasts."""

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from rich.console import Console
@@ -109,8 +108,7 @@ class LogReader:
             NoPod: there is no pod.
             RemoteError: there is no log.
         """
-        for _ in self._copied(self._find(self._remote.job(self._name)).pod, options):
-            pass
+        self._copy(self._find(self._remote.job(self._name)), options)
 
     def follow(self, tail: int | None) -> None:
         """All that comes, until the job has ended; a break of the connection is sat out."""
@@ -134,9 +132,7 @@ class LogReader:
                 return
             options = {"since_seconds": max(1, round(silent))}
         self._at_end = False
-        for _ in self._copied(container.pod, {**options, "follow": True}):
-            # Not before: of a container that refuses at first, all that was asked for is to come.
-            self._read = container
+        self._copy(container, {**options, "follow": True})
         self._read, self._at_end = container, True
 
     def _find(self, job: Object) -> Container:
@@ -154,13 +150,12 @@ class LogReader:
         running = any("running" in (status.get("state") or {}) for status in statuses)
         return Container(name, str(pod["metadata"].get("uid")), restarts, running)
 
-    def _copied(self, pod: str, options: dict[str, Any]) -> Iterator[None]:
-        """Copy the log, and come back after each piece."""
-        for part in self._remote.log(pod, **options):
+    def _copy(self, container: Container, options: dict[str, Any]) -> None:
+        for part in self._remote.log(container.pod, **options):
             self._out.write(part)
             self._out.flush()
-            self._read_at = time.monotonic()
-            yield
+            # Not before: of a container that refuses at first, all that was asked for is to come.
+            self._read, self._read_at = container, time.monotonic()
 
     def _note(self, text: str) -> None:
         """Say a thing that may pass once, not every two seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 import drawn
 from soak_record import SoakRecord
+
+# Ranks of one machine share its cores. Before torch is loaded: results differ by rounding with the
+# number of threads, and ranks in this process are compared with such in others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["cluster.fixtures", "end_to_end_fixtures"]
 

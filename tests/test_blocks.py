@@ -9,7 +9,12 @@ import torch
 import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osft_trainer.blocks import compile_blocks, costly_operations, enable_activation_checkpointing
+from osft_trainer.blocks import (
+    compile_blocks,
+    costly_operations,
+    enable_activation_checkpointing,
+    keep_free_parts,
+)
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.targets import plan_targets
 from tiny_models import packed_batch, tiny_model
@@ -18,9 +23,9 @@ LENGTHS = [9, 16, 5]
 CPU = torch.device("cpu")
 
 
-def converted(family: str, ratio: float) -> OSFTModel:
+def converted(family: str, ratio: float, parameterization: str = "exact") -> OSFTModel:
     hf = tiny_model(family)
-    return convert(hf, plan_targets(hf, ratio))
+    return convert(hf, plan_targets(hf, ratio, parameterization))
 
 
 def gradients(model: OSFTModel, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -80,8 +85,11 @@ def test_compiled_blocks_give_the_same_gradients_for_rows_of_any_length(
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    plain, compiled = converted("llama", 0.3), converted("llama", 0.3)
-    if selective is not None:
+    how = "exact" if selective is not None else "core"
+    plain, compiled = converted("llama", 0.3, how), converted("llama", 0.3, how)
+    if selective is None:
+        keep_free_parts(compiled)
+    else:
         enable_activation_checkpointing(compiled.hf, selective)
     compile_blocks(compiled.hf, CPU)
     for lengths in (LENGTHS, [3, 4], [20, 1, 30]):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import tiny
 from osft_trainer.assembly import plan_of
+from osft_trainer.blocks import keep_free_parts
 from osft_trainer.config import TrainingParameters
 from osft_trainer.decomposition import stored
 from osft_trainer.model import OSFTModel, convert, load_model
@@ -116,6 +117,7 @@ def steps(model: OSFTModel, world: World) -> list[float]:
 def on_two_ranks(out: Path) -> None:
     world = start_world("cpu")
     model = shared()
+    keep_free_parts(model)
     losses = steps(model, world)
     basis = next(model.subspaces())[1].free_cols
     assert isinstance(basis, DTensor)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import tiny
 from osft_trainer.attention import use_variable_length
-from osft_trainer.blocks import enable_activation_checkpointing
+from osft_trainer.blocks import enable_activation_checkpointing, keep_free_parts
 from osft_trainer.decomposition import part_shapes, prepare
 from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
@@ -158,6 +158,8 @@ def ours(setting: Setting, parameterization: str, split_by: str = "weights") -> 
     with timed(seconds, "convert", setting.world):
         model = convert(hf, plan, decompose=decompose, fused_loss=fused)
         model.to(setting.world.device)
+    if not setting.activation_checkpointing:
+        keep_free_parts(model)
     return _of_ours(setting, model, seconds)
 
 

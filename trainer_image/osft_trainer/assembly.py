@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from osft_trainer import decomposition
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.attention import use_variable_length
-from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing
+from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing, keep_free_parts
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.decomposition import Decompositions
@@ -128,6 +128,8 @@ def build_model(
     if text is not None:
         _write_retention(text, bases, folder, world)
     model = convert(hf, plan, decompose=bases.decompose, fused_loss=liger_off is None)
+    if not training.activation_checkpointing:
+        keep_free_parts(model)
     fill_masters(hf, Path(training.model_path), dtype, tell=world.rank == 0)
     if training.torch_compile:
         compile_blocks(hf, world.device)

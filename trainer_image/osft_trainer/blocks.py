@@ -25,6 +25,7 @@ import torch.nn.attention.varlen  # registers its operation
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from osft_trainer.model import OSFTModel
 from osft_trainer.targets import decoder_blocks
 
 _ATEN = torch.ops.aten
@@ -65,6 +66,18 @@ def enable_activation_checkpointing(model: PreTrainedModel, selective: bool = Fa
     else:
         # Its name in older versions of transformers; newer ones warn about it.
         model.gradient_checkpointing_enable(how)
+
+
+def keep_free_parts(model: OSFTModel) -> None:
+    """Keep of the targets' inputs only what their gradients need; where nothing is recomputed.
+
+    Where the split is by activations, and with `core`, every target has a basis on that side. With
+    `exact` some lack it, and their input stays whole: the part of it that others need would be
+    kept beside it.
+    """
+    if model.plan.split_by == "activations" or model.plan.parameterization == "core":
+        for _, subspace in model.subspaces():
+            subspace.keeps_free_part = True
 
 
 def costly_operations() -> list[torch._ops.OpOverload]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from osft_trainer.kept_inputs import free_part
+
 
 class UpdateProduct(torch.autograd.Function):
     """y = x M^T + b (or x M + b) for M = W + [U_0] F [V_0]; a basis of None is the identity."""
@@ -32,9 +34,18 @@ class UpdateProduct(torch.autograd.Function):
         factor: Tensor,
         free_rows: Tensor | None,
         free_cols: Tensor | None,
+        keeps_free_part: bool,
     ) -> Tensor:
-        """Shapes: x [..., in], effective [rows, cols], factor [rows or r, cols or r]."""
-        ctx.save_for_backward(x, effective, free_rows, free_cols)
+        """Shapes: x [..., in], effective [rows, cols], factor [rows or r, cols or r].
+
+        `keeps_free_part` keeps of x only what the gradient needs, where that is less.
+        """
+        basis = free_rows if stored_in_out else free_cols
+        kept = x
+        if keeps_free_part and basis is not None:
+            kept = free_part(x, basis, in_rows=not stored_in_out)
+            free_rows, free_cols = (None, free_cols) if stored_in_out else (free_rows, None)
+        ctx.save_for_backward(kept, effective, free_rows, free_cols)
         ctx.stored_in_out, ctx.factor_dtype = stored_in_out, factor.dtype
         return _product(x, effective, bias, stored_in_out)
 
@@ -42,17 +53,18 @@ class UpdateProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of x, bias and factor."""
-        x, effective, free_rows, free_cols = ctx.saved_tensors
+        kept, effective, free_rows, free_cols = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_factor = ctx.needs_input_grad[:5]
         grad_x = _input_gradient(grad, effective, ctx.stored_in_out) if needs_x else None
         grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
         grad_factor = None
         if needs_factor:
-            a, b = _sides(x, grad, ctx.stored_in_out)
+            # The basis of what is kept as its free part is not there: multiplied with already.
+            a, b = _sides(kept, grad, ctx.stored_in_out)
             a = a if free_rows is None else a @ free_rows.to(a.dtype)
             b = b if free_cols is None else b @ free_cols.to(b.dtype).t()
             grad_factor = (a.t() @ b).to(ctx.factor_dtype)
-        return grad_x, None, grad_bias, None, grad_factor, None, None
+        return grad_x, None, grad_bias, None, grad_factor, None, None, None
 
 
 class FactoredProduct(torch.autograd.Function):

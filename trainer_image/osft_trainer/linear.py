@@ -59,6 +59,9 @@ class SubspaceWeight(nn.Module):
         super().__init__()
         assert rank > 0, "a target without free directions stays an ordinary frozen parameter"
         self.batched = weight.dim() == 3
+        self.keeps_free_part = False
+        """Whether of an input only the part in the free directions is kept for backward. For blocks
+        that are not recomputed: in those it would be made in a pass that keeps nothing."""
         self.form = _form(weight, split, rank, parameterization)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.effective = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -89,8 +92,9 @@ class SubspaceWeight(nn.Module):
             )
         else:
             y = UpdateProduct.apply(  # type: ignore[no-untyped-call]
-                x, self.effective, bias, stored_in_out, self.factor, self.free_rows, self.free_cols
-            )
+                x, self.effective, bias, stored_in_out, self.factor, self.free_rows,
+                self.free_cols, self.keeps_free_part and torch.is_grad_enabled(),
+            )  # fmt: skip
         return cast(Tensor, y)
 
     def weight(self) -> Tensor:

@@ -80,8 +80,9 @@ bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a p
 	$(BIN)/python tests/bench/operator_load.py --jobs $(JOBS) \
 		--running $(RUNNING) --output tests/bench/results/operator-load-$(JOBS).json $(ARGS)
 
-bench-checkpoint: $(VENV)/.dev   ## how long a step waits for a save, beside how long the save takes
-	$(BIN)/python tests/bench/checkpoint.py
+bench-checkpoint: $(VENV)/.dev ## how long a step waits for a save, beside how long the save takes
+	PYTHONPATH=tests $(BIN)/python -m bench.checkpoint $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.checkpoint --to memory $(ARGS)
 
 clean:
 	rm -rf $(VENV) .demo

@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 from bench.data_tables import data_tables
 from bench.load_tables import load_tables
 from bench.retention_report import retention_tables, write_picture
-from bench.tables import recompute_tables, training_tables
+from bench.tables import bases_tables, checkpoint_tables, recompute_tables, training_tables
 from chart_rendering import notes
 from osft_operator import job_metrics
 from osft_operator.metrics import registry
@@ -93,6 +93,8 @@ PARTS = {
         "retention benchmark": retention_tables,
         "training benchmark": training_tables,
         "recomputation benchmark": recompute_tables,
+        "bases benchmark": bases_tables,
+        "checkpoint benchmark": checkpoint_tables,
         "data benchmark": data_tables,
     },
     CHART: {

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from bench import shapes, train_step, turns
 from bench.methods import CUDA_ONLY, METHODS, PLAIN, Setting
-from bench.tables import training_table
+from bench.tables import bases_table, checkpoint_table, training_table
 from osft_trainer.parallel import World
 
 
@@ -103,6 +103,20 @@ def test_the_table_gives_ratios_of_the_same_round() -> None:
     # Of a command that ended early: what is of no pair is compared by the medians.
     result["methods"]["OSFT"] = numbers([3.0, 1.0])
     assert "| **1.00** | 1.00 to 1.00 |" in training_table(result).splitlines()[-1]
+
+
+def test_tables_of_split_and_save_give_medians() -> None:
+    about = {"machine": "a processor", "threads": 2, "torch": "2", "date": "2026-01-31"}
+    split = {"shape": [1024, 3584], "largest_sine": 3e-8}
+    split |= {"svd_seconds": [4.0, 5.0, 2.0], "seconds": [1.0, 2.0, 1.0]}
+    cache = {"matrices": 7, "empty_seconds": 4.0, "full_seconds": [0.1, 0.02, 0.02]}
+    found = bases_table({**about, "form": "exact", "ratio": 0.25, "bases": [split], "cache": cache})
+    assert "| 1,024 x 3,584 | 4.00 | 1.00 | **0.40** | 0.25 to 0.50 | 3e-08 |" in found
+    assert "4.00 s with an empty cache, after 0.020 s with a full one: 200 times" in found
+    saved = {"megabytes": 1258.3, "to": "disk", "save_seconds": [5.0, 4.0, 6.0]}
+    saved |= {"stall_seconds": [0.1, 0.2, 0.1], "step_seconds_alone": 0.1}
+    found = checkpoint_table({**about, **saved, "step_seconds_beside_a_save": 0.15})
+    assert "| 5.000 (4.000 to 6.000) | 0.100 (0.100 to 0.200) | **2.0%** | x 1.50 |" in found
 
 
 def test_what_is_known_of_a_method_outlives_it(
@@ -228,6 +242,9 @@ def test_the_best_setting_of_a_screen_goes_on_to_every_task_and_seed(
     ratios = {job.ratio for name, job in best.items() if not name.startswith("plain")}
     assert ratios == {0.5}
     finals = stages.final_jobs(scope, best)
+    # What the screen has trained is not trained again.
+    again = set(finals) & set(stages.screen_jobs(scope))
+    assert len(again) == len(scope.methods) * len(stages.SCREENED)
     assert len(finals) == len(scope.methods) * len(tasks.NEW) * len(scope.seeds)
     assert {job.lacks for job in stages.gap_jobs(scope, best)} == {"inc"}
     assert {job.method for job in stages.room_jobs(scope)} <= set(scope.methods)

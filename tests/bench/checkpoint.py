@@ -1,25 +1,36 @@
 """What saving costs the training: how long a step waits, beside how long the save takes.
 
-`make bench-checkpoint` prints both, and the time of a step with and without a save in flight. One
-process; a state of the size that --megabytes says; the steps are matrix products.
+`make bench-checkpoint` measures both, to a disk and to memory (/dev/shm, as fast a folder as there
+is), and the time of a step with and without a save in flight. One process; a state of the size that
+--megabytes says; the steps are matrix products. The results go to `tests/bench/results/`, and `make
+generate` puts them into the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from bench import machine
+from bench.tables import checkpoint_table
 from osft_trainer.checkpoint import Checkpoints, Position, State
 from osft_trainer.config import TrainingParameters
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
 from osft_trainer.saving import Saver
+from osft_trainer.topology import usable_cpus
+
+RESULTS = Path(__file__).with_name("results")
+MEMORY = Path("/dev/shm")
 
 
 def state_of(megabytes: int) -> State:
@@ -44,15 +55,8 @@ def saver_of(folder: Path) -> Saver:
     return Saver(states, training, 0)
 
 
-def main() -> None:
-    """Save some times while steps go on, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=1200, help="size of the state")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    arguments = parser.parse_args()
-    state = state_of(arguments.megabytes)
-    size = sum(3 * p.numel() * p.element_size() for p in state.trainables.values())
+def measure(saver: Saver, state: State, rounds: int) -> dict[str, Any]:
+    """Save some times while steps go on."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
 
     def step() -> float:
@@ -61,32 +65,55 @@ def main() -> None:
             left @ right
         return time.perf_counter() - began
 
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        saver = saver_of(Path(folder))
-        stalls, saves, alone, beside = [], [], [], []
-        for turn in range(arguments.rounds + 1):
-            quiet = [step() for _ in range(20)]
-            began = time.perf_counter()
-            saver.begin(state, Position(step=turn + 1))
-            stall = time.perf_counter() - began
-            busy = []
-            while saver._flight is not None:
-                busy.append(step())
-                before = time.perf_counter()
-                saver.advance(saver.is_writing, saver.has_failed)
-                stall += time.perf_counter() - before
-            if turn > 0:  # the first one fills the host's memory
-                stalls.append(stall)
-                saves.append(time.perf_counter() - began)
-                alone += quiet
-                beside += busy
-    stall, save = statistics.median(stalls), statistics.median(saves)
-    print(f"{size / 1e6:.0f} MB of state, {torch.get_num_threads()} threads")
-    print(f"the save takes      {save:8.3f} s  ({min(saves):.3f} to {max(saves):.3f})")
-    print(f"the step waits      {stall:8.3f} s  ({min(stalls):.3f} to {max(stalls):.3f})")
-    print(f"share               {100 * stall / save:8.1f} %")
-    slower = statistics.median(beside) / statistics.median(alone)
-    print(f"steps in between    {slower:8.2f} times as long as without a save")
+    stalls, saves, alone, beside = [], [], [], []
+    for turn in range(rounds + 1):
+        quiet = [step() for _ in range(20)]
+        began = time.perf_counter()
+        saver.begin(state, Position(step=turn + 1))
+        stall = time.perf_counter() - began
+        busy = []
+        while saver._flight is not None:
+            busy.append(step())
+            before = time.perf_counter()
+            saver.advance(saver.is_writing, saver.has_failed)
+            stall += time.perf_counter() - before
+        if turn > 0:  # the first one fills the host's memory
+            stalls.append(stall)
+            saves.append(time.perf_counter() - began)
+            alone += quiet
+            beside += busy
+    return {
+        "save_seconds": saves,
+        "stall_seconds": stalls,
+        "step_seconds_alone": statistics.median(alone),
+        "step_seconds_beside_a_save": statistics.median(beside),
+    }
+
+
+def main() -> None:
+    """Measure, write the result, print it as a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1200, help="size of the state")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--to", choices=["disk", "memory"], default="disk")
+    parser.add_argument("--folder", type=Path, help="on that disk; default: a temporary folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
+    state = state_of(arguments.megabytes)
+    size = sum(3 * p.numel() * p.element_size() for p in state.trainables.values())
+    place = MEMORY if arguments.to == "memory" else arguments.folder
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        found = measure(saver_of(Path(folder)), state, arguments.rounds)
+    result = {
+        "command": " ".join(["python -m bench.checkpoint", *sys.argv[1:]]),
+        **machine.circumstances("cpu"),
+        "megabytes": size / 1e6,
+        "to": arguments.to,
+        **found,
+    }
+    path = RESULTS / f"checkpoint-{arguments.to}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(checkpoint_table(result))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,36 @@
 """Time of the kept and free bases beside one singular value decomposition, and of the cache.
 
-`make bench-bases` prints, for each shape, the seconds of `torch.linalg.svd` in
+`make bench-bases` measures, for each shape, the seconds of `torch.linalg.svd` in
 float64 and of our `split_weight`, in turns, their ratio with its spread over the rounds, and how
 far the split found is from the exact one. Then it prepares the bases of a small model twice: the
-second time they are read. Random weights with a spectrum like that of trained ones.
+second time they are read. Random weights with a spectrum like that of trained ones. The result goes
+to `tests/bench/results/`, and `make generate` puts it into the README.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import machine
+from bench.tables import bases_table
 from osft_trainer.decomposition import prepare
 from osft_trainer.parallel import World
 from osft_trainer.subspace import free_rank, split_weight
 from osft_trainer.targets import plan_targets
+from osft_trainer.topology import usable_cpus
 
+RESULTS = Path(__file__).with_name("results")
 SHAPES = [(1024, 1024), (1024, 3584), (3584, 1024)]
 RATIO = 0.25
 
@@ -61,30 +68,29 @@ def largest_sine(weight: torch.Tensor, rank: int, form: str) -> float:
     return found
 
 
-def bases(rounds: int, form: str, device: torch.device) -> None:
-    """One line for each shape."""
-    print(f"{'shape':<14}{'svd s':>8}{'ours s':>8}{'ratio':>8}{'spread':>16}{'angle':>10}")
-    for rows, cols in SHAPES:
-        weight = weight_like_a_trained_one(rows, cols, device)
-        rank = free_rank(rows, cols, RATIO)
-        theirs: list[float] = []
-        ours: list[float] = []
-        for turn in range(rounds + 1):
-            svd = timed(partial(torch.linalg.svd, weight.double(), full_matrices=False), device)
-            own = timed(partial(split_weight, weight, rank, form), device)
-            if turn > 0:  # the first one warms up
-                theirs.append(svd)
-                ours.append(own)
-        ratios = [own / svd for own, svd in zip(ours, theirs, strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(
-            f"{f'{rows} x {cols}':<14}{statistics.median(theirs):>8.2f}"
-            f"{statistics.median(ours):>8.2f}{statistics.median(ratios):>8.2f}{spread:>16}"
-            f"{largest_sine(weight, rank, form):>10.1e}"
-        )
+def measure_bases(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turns, for one shape."""
+    rows, cols = shape
+    weight = weight_like_a_trained_one(rows, cols, arguments.device)
+    rank = free_rank(rows, cols, RATIO)
+    theirs: list[float] = []
+    ours: list[float] = []
+    for turn in range(arguments.rounds + 1):
+        svd = partial(torch.linalg.svd, weight.double(), full_matrices=False)
+        seconds = timed(svd, arguments.device)
+        own = timed(partial(split_weight, weight, rank, arguments.form), arguments.device)
+        if turn > 0:  # the first one warms up
+            theirs.append(seconds)
+            ours.append(own)
+    return {
+        "shape": shape,
+        "svd_seconds": theirs,
+        "seconds": ours,
+        "largest_sine": largest_sine(weight, rank, arguments.form),
+    }
 
 
-def cache(form: str, device: torch.device) -> None:
+def measure_cache(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start with an empty cache and with a full one."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -97,35 +103,43 @@ def cache(form: str, device: torch.device) -> None:
             num_key_value_heads=2,
         )
     )
-    plan = plan_targets(model, RATIO, form)
-    world = World(0, 0, 1, device)
+    plan = plan_targets(model, RATIO, arguments.form)
+    world = World(0, 0, 1, arguments.device)
     with tempfile.TemporaryDirectory() as folder:
 
         def start() -> None:
             found = prepare(model, plan, cache=Path(folder), base_digest="bench", world=world)
             for target in plan.targets:
-                weight = model.get_parameter(target.parameter).detach().to(device)
+                weight = model.get_parameter(target.parameter).detach().to(arguments.device)
                 for part in found.decompose(target, weight).to_tensors().values():
                     part.clone()  # a file that is only mapped is not read
 
-        first = timed(start, device)
-        again = statistics.median([timed(start, device) for _ in range(3)])
-    print(
-        f"{len(plan.targets)} matrices of one block: {first:.2f} s with an empty cache, "
-        f"{again:.3f} s with a full one: {first / again:.0f} times faster"
-    )
+        return {
+            "matrices": len(plan.targets),
+            "empty_seconds": timed(start, arguments.device),
+            "full_seconds": [timed(start, arguments.device) for _ in range(3)],
+        }
 
 
 def main() -> None:
-    """Print both tables."""
+    """Measure, write the result, print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--form", default="exact", choices=["exact", "core", "factored"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     arguments = parser.parse_args()
-    print(f"{arguments.form}, ratio {RATIO}, {torch.get_num_threads()} threads, {arguments.device}")
-    bases(arguments.rounds, arguments.form, arguments.device)
-    cache(arguments.form, arguments.device)
+    torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
+    result = {
+        "command": " ".join(["python -m bench.decomposition", *sys.argv[1:]]),
+        **machine.circumstances(arguments.device.type),
+        "form": arguments.form,
+        "ratio": RATIO,
+        "bases": [measure_bases(shape, arguments) for shape in SHAPES],
+        "cache": measure_cache(arguments),
+    }
+    path = RESULTS / f"bases-{arguments.form}-{arguments.device.type}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(bases_table(result))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,23 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """What a result of torch depends on, as its file tells it: machine, threads, torch, date.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": today(),
+    }
 
 
 def processor() -> str:

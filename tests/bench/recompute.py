@@ -75,13 +75,9 @@ def main() -> None:
 
 
 def _write(turns: dict[str, list[Numbers]], shape: str, arguments: argparse.Namespace) -> None:
-    on_cuda = arguments.device == "cuda"
     result = {
         "command": " ".join(["python -m bench.recompute", *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name() if on_cuda else machine.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": machine.today(),
+        **machine.circumstances(arguments.device),
         "shape": shape,
         "weights": counted(shape)[0],
         "tokens": arguments.tokens,

@@ -16,7 +16,7 @@ Numbers = dict[str, Any]
 
 def training_tables() -> str:
     """All results of `train_step` that are committed, as Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]
+    found = _results("train-*.json")
     if not found:
         return "No result is committed yet: `make bench-train`, `make bench-gpu`."
     return "\n\n".join(training_table(result) for result in found)
@@ -49,8 +49,7 @@ def training_table(result: Numbers) -> str:
 
 def recompute_tables() -> str:
     """All results of `recompute` that are committed, as Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("recompute-*.json"))]
-    return "\n\n".join(recompute_table(result) for result in found)
+    return "\n\n".join(recompute_table(found) for found in _results("recompute-*.json"))
 
 
 def recompute_table(result: Numbers) -> str:
@@ -59,25 +58,99 @@ def recompute_table(result: Numbers) -> str:
     first = next(iter(modes.values()))
     lines = [
         f"{result['shape']} ({result['weights'] / 1e6:,.0f} M weights), OSFT exact, "
-        f"{result['tokens']} tokens a step, on {result['machine']}, {result['threads']} threads "
-        f"({result['date']}, torch {result['torch']}), {_rounds(first)}:",
+        f"{result['tokens']} tokens a step, {_circumstances(result)}, {_rounds(first)}:",
         "",
         _row(["", "step s", "ratio", "spread", "memory of a pass GB", "ratio", "first pass s"]),
         _row(["---"] * 7),
     ]
     for name, numbers in modes.items():
-        pairs = zip(numbers["step_seconds"], first["step_seconds"], strict=True)
-        ratios = [mine / theirs for mine, theirs in pairs]
         cells = [
             f"{statistics.median(numbers['step_seconds']):.2f}",
-            f"**{statistics.median(ratios):.2f}**",
-            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            *_ratio_cells(numbers["step_seconds"], first["step_seconds"]),
             f"{numbers['bytes'] / 1e9:.2f}",
             f"**{numbers['bytes'] / first['bytes']:.2f}**",
             f"{statistics.median(numbers['first_pass_seconds']):.1f}",
         ]
         lines.append(_row([name, *cells]))
     return "\n".join(lines)
+
+
+def bases_tables() -> str:
+    """All results of `decomposition` that are committed, as Markdown."""
+    return "\n\n".join(bases_table(found) for found in _results("bases-*.json"))
+
+
+def bases_table(result: Numbers) -> str:
+    """One result as Markdown: the split beside a singular value decomposition, and the cache."""
+    lines = [
+        f"Split for `{result['form']}`, ratio {result['ratio']}, beside `torch.linalg.svd` in "
+        f"float64, {_circumstances(result)}:",
+        "",
+        _row(["matrix", "svd s", "split s", "ratio", "spread", "largest angle to the exact one"]),
+        _row(["---"] * 6),
+    ]
+    for found in result["bases"]:
+        cells = [
+            " x ".join(f"{side:,}" for side in found["shape"]),
+            f"{statistics.median(found['svd_seconds']):.2f}",
+            f"{statistics.median(found['seconds']):.2f}",
+            *_ratio_cells(found["seconds"], found["svd_seconds"]),
+            f"{found['largest_sine']:.0e}",
+        ]
+        lines.append(_row(cells))
+    cache = result["cache"]
+    full = statistics.median(cache["full_seconds"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The {cache['matrices']} matrices of one decoder block are ready after "
+            f"{cache['empty_seconds']:.2f} s with an empty cache, after {full:.3f} s with a full "
+            f"one: {cache['empty_seconds'] / full:.0f} times faster.",
+        ]
+    )
+
+
+def checkpoint_tables() -> str:
+    """All results of `checkpoint` that are committed, as Markdown."""
+    return "\n\n".join(checkpoint_table(found) for found in _results("checkpoint-*.json"))
+
+
+def checkpoint_table(result: Numbers) -> str:
+    """One result as Markdown: what a save takes, and what of it a step waits for."""
+    save, stall = result["save_seconds"], result["stall_seconds"]
+    waited = statistics.median(stall) / statistics.median(save)
+    slower = result["step_seconds_beside_a_save"] / result["step_seconds_alone"]
+    return "\n".join(
+        [
+            f"{result['megabytes']:,.0f} MB of state, to {result['to']}, {_circumstances(result)}:",
+            "",
+            _row(["a save takes s", "the step waits s", "share", "steps meanwhile"]),
+            _row(["---"] * 4),
+            _row([_spread(save), _spread(stall), f"**{waited:.1%}**", f"x {slower:.2f}"]),
+        ]
+    )
+
+
+def _results(pattern: str) -> list[Numbers]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _circumstances(result: Numbers) -> str:
+    return (
+        f"on {result['machine']}, {result['threads']} threads ({result['date']}, torch "
+        f"{result['torch']})"
+    )
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+def _ratio_cells(mine: list[float], theirs: list[float]) -> list[str]:
+    """Median and spread of the ratios of the same rounds."""
+    ratios = [one / other for one, other in zip(mine, theirs, strict=True)]
+    return [f"**{statistics.median(ratios):.2f}**", f"{min(ratios):.2f} to {max(ratios):.2f}"]
 
 
 def _rounds(numbers: Numbers) -> str:

@@ -19,7 +19,6 @@ import argparse
 import json
 import sys
 import tempfile
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,15 +203,13 @@ def _result(
     arguments: argparse.Namespace, found: dict[str, Numbers], failed: dict[str, str]
 ) -> Numbers:
     on_cuda = arguments.device == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else machine.processor()
+    about = machine.circumstances(arguments.device)
     weights, multiplied = counted(arguments.shape)
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in about["machine"]), None)
     return {
-        "machine": arguments.machine or device,
+        **about,
+        **({"machine": arguments.machine} if arguments.machine else {}),
         "device": arguments.device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
         "shape": arguments.shape,
         "weights": weights,
         "tokens": arguments.tokens,

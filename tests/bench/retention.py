@@ -47,7 +47,7 @@ from retention_stages import (  # noqa: E402
     room_jobs,
     screen_jobs,
 )
-from retention_training import run_all  # noqa: E402
+from retention_training import Trainings  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results" / "retention.json"
 
@@ -126,15 +126,16 @@ def _before(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
 
 def measure_all(folder: Path, scope: Scope, processes: int) -> dict[str, Any]:
     """Screen, finals, room: what the result file holds."""
+    trainings = Trainings(folder, processes)
     print("screen", flush=True)
-    screen = run_all(folder, screen_jobs(scope), processes)
+    screen = trainings.run_all(screen_jobs(scope))
     best = best_settings(scope.methods, screen)
     print("finals", flush=True)
-    finals = run_all(folder, final_jobs(scope, best), processes)
+    finals = trainings.run_all(final_jobs(scope, best))
     print("room", flush=True)
-    room = run_all(folder, room_jobs(scope), processes)
+    room = trainings.run_all(room_jobs(scope))
     print("text that lacks a skill", flush=True)
-    gap = run_all(folder, gap_jobs(scope, best), processes)
+    gap = trainings.run_all(gap_jobs(scope, best))
     return {
         "machine": {
             "cpu": machine.processor_name(),

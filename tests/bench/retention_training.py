@@ -174,16 +174,26 @@ def _run(job: Job) -> Outcome:
     return _bench[0].run(job)
 
 
-def run_all(folder: Path, jobs: Sequence[Job], processes: int) -> list[Outcome]:
-    """All jobs, a process each core; prints a line now and then."""
-    context = multiprocessing.get_context("spawn")
-    found = []
-    began = time.monotonic()
-    with context.Pool(processes, _start, (folder,)) as pool:
-        for outcome in pool.imap_unordered(_run, jobs):
-            found.append(outcome)
-            if len(found) % 10 == 0 or len(found) == len(jobs):
-                print(
-                    f"  {len(found)} of {len(jobs)}, {time.monotonic() - began:.0f} s", flush=True
-                )
-    return found
+class Trainings:
+    """Runs the trainings of one stage after the other, side by side, each of them once.
+
+    The same job gives the same outcome: what an earlier stage has trained is not trained again.
+    """
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        """`folder`: where the base models lie."""
+        self._folder, self._processes = folder, processes
+        self._found: dict[Job, Outcome] = {}
+
+    def run_all(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """All jobs, a process each core; prints a line now and then."""
+        new = [job for job in dict.fromkeys(jobs) if job not in self._found]
+        context = multiprocessing.get_context("spawn")
+        began = time.monotonic()
+        with context.Pool(self._processes, _start, (self._folder,)) as pool:
+            for count, outcome in enumerate(pool.imap_unordered(_run, new), start=1):
+                self._found[outcome.job] = outcome
+                if count % 10 == 0 or count == len(new):
+                    seconds = time.monotonic() - began
+                    print(f"  {count} of {len(new)}, {seconds:.0f} s", flush=True)
+        return [self._found[job] for job in jobs]

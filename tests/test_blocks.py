@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -17,15 +18,15 @@ from osft_trainer.blocks import (
 )
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.targets import plan_targets
-from tiny_models import packed_batch, tiny_model
+from tiny_models import packed_batch, shared_bases, tiny_model
 
 LENGTHS = [9, 16, 5]
 CPU = torch.device("cpu")
 
 
-def converted(family: str, ratio: float, parameterization: str = "exact") -> OSFTModel:
+def converted(family: str, ratio: float) -> OSFTModel:
     hf = tiny_model(family)
-    return convert(hf, plan_targets(hf, ratio, parameterization))
+    return convert(hf, plan_targets(hf, ratio))
 
 
 def gradients(model: OSFTModel, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -76,17 +77,22 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     # Nothing trained lies below the first block, so that its input has no gradient of its own.
-    ("selective", "graphs"),
-    [(None, 2), (False, 1), (True, 1)],
+    ("selective", "split_by", "graphs"),
+    [
+        (None, "weights", 2),
+        (None, "activations", 2),
+        (False, "weights", 1),
+        (True, "weights", 1),
+    ],
 )
 def test_compiled_blocks_give_the_same_gradients_for_rows_of_any_length(
-    selective: bool | None, graphs: int
+    selective: bool | None, split_by: str, graphs: int
 ) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    how = "exact" if selective is not None else "core"
-    plain, compiled = converted("llama", 0.3, how), converted("llama", 0.3, how)
+    plain = converted("llama", 0.3) if split_by == "weights" else shared_bases("llama", 0.3)
+    compiled = copy.deepcopy(plain)
     if selective is None:
         keep_free_parts(compiled)
     else:

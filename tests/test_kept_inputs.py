@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -14,12 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from osft_trainer.blocks import keep_free_parts
 from osft_trainer.kept_inputs import free_part
 from osft_trainer.model import OSFTModel, convert
-from osft_trainer.subspace import Split
-from osft_trainer.targets import Target, plan_targets
-from tiny_models import packed_batch, tiny_model
+from osft_trainer.targets import plan_targets
+from tiny_models import packed_batch, shared_bases, tiny_model
 
 LENGTHS = [9, 16, 5]
-SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def by_core(family: str) -> OSFTModel:
@@ -28,21 +27,7 @@ def by_core(family: str) -> OSFTModel:
 
 
 def by_activations(family: str) -> OSFTModel:
-    """Matrices that are fed one tensor share a basis; of a Conv1D it lies at the rows."""
-    hf = tiny_model(family)
-    made: dict[str, nn.Parameter] = {}
-
-    def decompose(target: Target, weight: Tensor) -> Split:
-        conv1d = target.kind == "conv1d"
-        path, _, leaf = target.module.rpartition(".")
-        key = f"{path}.{SAME_INPUT.get(leaf, leaf)}"
-        if key not in made:
-            width = weight.shape[0 if conv1d else 1]
-            basis = torch.linalg.qr(torch.randn(width, target.free_rank))[0]
-            made[key] = nn.Parameter(basis if conv1d else basis.T.contiguous(), requires_grad=False)
-        return Split(free_rows=made[key]) if conv1d else Split(free_cols=made[key])
-
-    return convert(hf, plan_targets(hf, 0.3, split_by="activations"), decompose=decompose)
+    return shared_bases(family, 0.3)
 
 
 def gradients(model: OSFTModel) -> tuple[dict[str, Tensor], int, int]:
@@ -93,11 +78,25 @@ def test_gradients_are_the_same_and_less_is_kept(make: Any, family: str) -> None
     assert whole_products - saving_products == spared * layers
 
 
-def test_inputs_stay_whole_where_some_matrix_needs_them_whole() -> None:
+@pytest.mark.parametrize("parameterization", ["exact", "factored", "dense"])
+def test_inputs_stay_whole_where_some_matrix_needs_them_whole(parameterization: str) -> None:
     hf = tiny_model("llama")
-    model = convert(hf, plan_targets(hf, 0.3, "exact"))
+    model = convert(hf, plan_targets(hf, 0.3, parameterization))
     keep_free_parts(model)
     assert not any(subspace.keeps_free_part for _, subspace in model.subspaces())
+
+
+def test_core_keeps_parts_only_where_three_of_them_are_less_than_the_input() -> None:
+    kept = {}
+    for ratio in (0.3, 0.5):
+        hf = tiny_model("llama")
+        model = convert(hf, plan_targets(hf, ratio, "core"))
+        keep_free_parts(model)
+        chosen = {n.split(".")[-2] for n, s in model.subspaces() if s.keeps_free_part}
+        kept[ratio] = chosen & {"q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"}
+    # k and v have half as many rows as columns here, and down_proj's input is wider than the rest.
+    assert kept[0.3] == {"q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"}
+    assert kept[0.5] == {"k_proj", "v_proj", "down_proj"}
 
 
 def test_nothing_is_made_where_no_gradient_is_wanted() -> None:
@@ -124,5 +123,9 @@ def test_a_part_is_shared_only_by_what_it_was_made_of() -> None:
     assert torch.equal(changed, x.flatten(0, 1) @ basis.T)
     assert not torch.equal(changed, again)
     expected = changed.clone()
+    gone = [weakref.ref(tensor) for tensor in (changed, x, basis)]
     del changed
-    assert torch.equal(free_part(x, basis, in_rows=True), expected), "it was freed, and made anew"
+    assert gone[0]() is None
+    assert torch.equal(free_part(x, basis, in_rows=True), expected)
+    del x, basis
+    assert [ref() for ref in gone] == [None] * 3

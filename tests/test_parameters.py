@@ -118,8 +118,8 @@ def test_frozen_weights_and_arithmetic_have_the_dtype_that_was_told(
 
 @pytest.mark.parametrize("on", [True, False])
 def test_blocks_are_recomputed_if_told(base: Path, tmp_path: Path, on: bool) -> None:
-    told = parameters(base, tmp_path, activation_checkpointing=on, parameterization="core")
-    model = built(told)
+    core = {"parameterization": "core", "unfreeze_rank_ratio": 0.25}
+    model = built(parameters(base, tmp_path, activation_checkpointing=on, **core))
     assert any(getattr(part, "gradient_checkpointing", False) for part in model.modules()) is on
     assert all(subspace.keeps_free_part is not on for _, subspace in model.subspaces())
 

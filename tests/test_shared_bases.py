@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import tiny
@@ -18,9 +18,7 @@ from osft_trainer.decomposition import stored
 from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.report import RunFolder
-from osft_trainer.subspace import Split
-from osft_trainer.targets import Target, plan_targets
-from tiny_models import packed_batch, tiny_model
+from tiny_models import packed_batch, shared_bases
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -81,20 +79,8 @@ def test_one_input_has_one_file_and_one_parameter(
 
 
 def shared() -> OSFTModel:
-    """Matrices of one module with inputs of one width share a basis; ranks do not divide evenly."""
-    hf = tiny_model("llama", hidden_size=40, intermediate_size=51)
-    plan = plan_targets(hf, 0.3, split_by="activations")
-    made: dict[tuple[str, int], nn.Parameter] = {}
-
-    def decompose(target: Target, weight: Tensor) -> Split:
-        key = (target.module.rpartition(".")[0], weight.shape[1])
-        if key not in made:
-            torch.manual_seed(len(made))
-            basis = torch.linalg.qr(torch.randn(weight.shape[1], target.free_rank))[0].T
-            made[key] = nn.Parameter(basis.contiguous(), requires_grad=False)
-        return Split(free_cols=made[key])
-
-    return convert(hf, plan, decompose=decompose)
+    """Ranks do not divide its widths evenly."""
+    return shared_bases("llama", 0.3, hidden_size=40, intermediate_size=51)
 
 
 def steps(model: OSFTModel, world: World) -> list[float]:
@@ -118,6 +104,7 @@ def on_two_ranks(out: Path) -> None:
     world = start_world("cpu")
     model = shared()
     keep_free_parts(model)
+    assert all(subspace.keeps_free_part for _, subspace in model.subspaces())
     losses = steps(model, world)
     basis = next(model.subspaces())[1].free_cols
     assert isinstance(basis, DTensor)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from osft_trainer.model import OSFTModel, convert
+from osft_trainer.subspace import Split
+from osft_trainer.targets import Target, plan_targets
 
 VOCABULARY = 64
 
@@ -66,6 +71,28 @@ def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedMod
             if parameter.dim() > 1:
                 parameter.mul_(5.0)
     return model
+
+
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def shared_bases(family: str, ratio: float, **overrides: object) -> OSFTModel:
+    """A model split as by activations: matrices that are fed one tensor share a random basis."""
+    hf = tiny_model(family, **overrides)
+    made: dict[str, nn.Parameter] = {}
+
+    def decompose(target: Target, weight: Tensor) -> Split:
+        conv1d = target.kind == "conv1d"
+        path, _, leaf = target.module.rpartition(".")
+        key = f"{path}.{_SAME_INPUT.get(leaf, leaf)}"
+        if key not in made:
+            width = weight.shape[0 if conv1d else 1]
+            torch.manual_seed(len(made))
+            basis = torch.linalg.qr(torch.randn(width, target.free_rank))[0]
+            made[key] = nn.Parameter(basis if conv1d else basis.T.contiguous(), requires_grad=False)
+        return Split(free_rows=made[key]) if conv1d else Split(free_cols=made[key])
+
+    return convert(hf, plan_targets(hf, ratio, split_by="activations"), decompose=decompose)
 
 
 def save_tiny_model(folder: Path, family: str = "llama", **overrides: object) -> Path:

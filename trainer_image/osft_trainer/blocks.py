@@ -1,8 +1,8 @@
 """How decoder blocks run: what they keep between forward and backward, and whether compiled.
 
-Lives here: switching recomputation on, whole or selective, and torch.compile. Called by `assembly`
-before the model is sharded. Must never: change a result beyond the rounding of compiled kernels,
-and beyond the numbers that dropout draws in them.
+Lives here: switching recomputation on, whole or selective, what is kept without it, and
+torch.compile. Called by `assembly` before the model is sharded. Must never: change a result beyond
+the rounding of compiled kernels, and beyond the numbers that dropout draws in them.
 
 A block that keeps only its input runs its forward pass twice. Most of that time goes into a few
 operations, matrix products and attention, whose results are a part of what a block would keep.
@@ -25,6 +25,7 @@ import torch.nn.attention.varlen  # registers its operation
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from osft_trainer.linear import SubspaceLinear
 from osft_trainer.model import OSFTModel
 from osft_trainer.targets import decoder_blocks
 
@@ -42,6 +43,9 @@ _COSTLY = [
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 """Operations whose results are kept by selective recomputation."""
+
+_FED_ONE_TENSOR = 3
+"""Most matrices of a block that one tensor is fed to: q, k and v."""
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, selective: bool = False) -> None:
@@ -71,13 +75,18 @@ def enable_activation_checkpointing(model: PreTrainedModel, selective: bool = Fa
 def keep_free_parts(model: OSFTModel) -> None:
     """Keep of the targets' inputs only what their gradients need; where nothing is recomputed.
 
-    Where the split is by activations, and with `core`, every target has a basis on that side. With
-    `exact` some lack it, and their input stays whole: the part of it that others need would be
-    kept beside it.
+    Where the split is by activations, matrices that are fed one tensor share its part. With `core`
+    each makes its own of a basis of its own: three small parts (q, k, v) take less than the input.
+    With `exact` some matrices have no basis there and keep the input whole.
     """
-    if model.plan.split_by == "activations" or model.plan.parameterization == "core":
-        for _, subspace in model.subspaces():
-            subspace.keeps_free_part = True
+    shares = model.plan.split_by == "activations"
+    if not shares and model.plan.parameterization != "core":
+        return
+    for module in model.hf.modules():
+        if isinstance(module, SubspaceLinear):
+            subspace = module.subspace
+            is_small = _FED_ONE_TENSOR * subspace.factor.shape[-1] <= module.in_features
+            subspace.keeps_free_part = shares or is_small
 
 
 def costly_operations() -> list[torch._ops.OpOverload]:

@@ -2,7 +2,9 @@
 
 What lives here: four autograd functions. Forward and the gradient of the input are one dense
 product each; the gradient of the weight itself (rows x cols) is never formed for matrices used by
-`linear.SubspaceLinear`. Called by `linear`; must never hold state or know about sharding.
+`linear.SubspaceLinear`. The small product that the factor's gradient needs of the input belongs to
+the backward pass; made in the forward pass, it is kept instead of the input (`kept_inputs`). Called
+by `linear`; must never hold state or know about sharding.
 
 For M (rows x cols, as stored) used on T tokens the dense gradient would be A^T B with A (T x rows)
 and B (T x cols): for a weight stored out x in, A is the gradient of the output and B the input; for
@@ -38,7 +40,7 @@ class UpdateProduct(torch.autograd.Function):
     ) -> Tensor:
         """Shapes: x [..., in], effective [rows, cols], factor [rows or r, cols or r].
 
-        `keeps_free_part` keeps of x only what the gradient needs, where that is less.
+        `keeps_free_part` keeps x B instead of x, where B is the basis at the input's side.
         """
         basis = free_rows if stored_in_out else free_cols
         kept = x

@@ -47,7 +47,7 @@ class SubspaceWeight(nn.Module):
     """A frozen base weight and the trainable factors of its update.
 
     `effective` is W + dW; `base` is W. Frozen bases are parameters without gradient, so that FSDP2
-    gathers them for backward in the compute dtype.
+    gathers them for both passes in the compute dtype.
     """
 
     base: Tensor

@@ -5,7 +5,7 @@ What lives here: reading torchrun's environment, the process group, FSDP2 shardi
 Must never: know what a projection is (`linear` does that on local rows), or start processes.
 
 Sharding: every decoder block is one FSDP2 group, the rest is the root's. FSDP gathers the effective
-weight, the trainable factors and the bases that backward needs; W itself and the long kept bases
+weight, the trainable factors and the bases that a pass needs; W itself and the long kept bases
 are row shards that are never gathered for forward. Gradients are summed over the ranks, so that
 dividing each micro-batch's loss sum by the global token count gives the token mean.
 A single process uses no process group at all.

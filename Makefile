@@ -82,7 +82,6 @@ bench-operator: $(VENV)/.dev   ## JOBS OSFTJobs on a real API server, beside a p
 
 bench-checkpoint: $(VENV)/.dev ## how long a step waits for a save, beside how long the save takes
 	PYTHONPATH=tests $(BIN)/python -m bench.checkpoint $(ARGS)
-	PYTHONPATH=tests $(BIN)/python -m bench.checkpoint --to memory $(ARGS)
 
 clean:
 	rm -rf $(VENV) .demo

@@ -98,8 +98,11 @@ def test_the_table_gives_ratios_of_the_same_round() -> None:
     last = training_table(result).splitlines()[-1]
     cells = [cell.strip() for cell in last.strip("|").split("|")]
     assert cells[:7] == ["OSFT", "1.800", "**0.90**", "0.50 to 1.10", "56", "1.000", "1.00"]
-    assert cells[7:10] == ["2.0", "0.50", "6%"]
+    assert cells[7:10] == ["2.00", "0.50", "6%"]
     assert cells[10:] == ["0.50", "2.00", "", "1.000", "1.00", ""]
+    # A result of an older command has no peaks.
+    result["methods"]["OSFT"]["peak_bytes"] = None
+    assert "MFU" not in training_table(result)
     # Of a command that ended early: what is of no pair is compared by the medians.
     result["methods"]["OSFT"] = numbers([3.0, 1.0])
     assert "| **1.00** | 1.00 to 1.00 |" in training_table(result).splitlines()[-1]
@@ -125,7 +128,7 @@ def test_what_is_known_of_a_method_outlives_it(
     """One turn ends well, one dies while it saves, one takes too long, one says nothing."""
     told = argparse.Namespace(
         rounds=2, minutes=None, turn_minutes=1.0, device="cpu", shape="quick", base=tmp_path,
-        steps=2, tokens=8, ratio=0.25, random_bases=True,
+        steps=2, tokens=8, ratio=0.25, threads=1, random_bases=True,
     )  # fmt: skip
     kept: list[tuple[dict[str, Any], dict[str, str]]] = []
 
@@ -156,21 +159,22 @@ def test_a_turn_says_its_steps_before_its_files(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = World(0, 0, 1, torch.device("cpu"))
-    method = METHODS["OSFT core"](Setting(base, tmp_path, world, torch.float32, 0.25, False, False))
+    setting = Setting(base, tmp_path, world, torch.float32, 0.25, False, False)
     told = argparse.Namespace(steps=3, turn=0, rounds=1, work=tmp_path)
     free = 2**40
     monkeypatch.setattr(
         turns.shutil, "disk_usage", lambda _: argparse.Namespace(total=free, used=0, free=free)
     )
-    turns.take(method, torch.arange(64)[None] % 50, told)
+    turns.take("OSFT core", setting, torch.arange(64)[None] % 50, told)
     steps, whole = map(json.loads, capsys.readouterr().out.splitlines())
     assert len(steps["step_seconds"]) == 3
+    assert isinstance(steps["peak_bytes"], int)
     assert steps["saved_bytes"] is None
     assert whole["step_seconds"] == steps["step_seconds"]
     assert whole["saved_bytes"] > 0
     assert not (tmp_path / "cache").exists()
     free = 0
-    assert turns.of_files(method, tmp_path) == {}
+    assert turns.of_files(METHODS["OSFT core"](setting), tmp_path) == {}
 
 
 def test_an_earlier_result_is_added_to(base: Path) -> None:
@@ -242,9 +246,18 @@ def test_the_best_setting_of_a_screen_goes_on_to_every_task_and_seed(
     ratios = {job.ratio for name, job in best.items() if not name.startswith("plain")}
     assert ratios == {0.5}
     finals = stages.final_jobs(scope, best)
-    # What the screen has trained is not trained again.
-    again = set(finals) & set(stages.screen_jobs(scope))
-    assert len(again) == len(scope.methods) * len(stages.SCREENED)
+    trained: list[Any] = []
+
+    def train_all(jobs: Any) -> Any:
+        trained.extend(jobs)
+        return [outcome(job) for job in reversed(jobs)]
+
+    trainings = training.Trainings(train_all)
+    screen = stages.screen_jobs(scope)
+    assert [each.job for each in trainings.run_all(screen)] == screen
+    assert [each.job for each in trainings.run_all(finals)] == finals
+    assert len(trained) == len(set(trained)), "what the screen has trained is not trained again"
+    assert len(screen) + len(finals) - len(trained) == len(scope.methods) * len(stages.SCREENED)
     assert len(finals) == len(scope.methods) * len(tasks.NEW) * len(scope.seeds)
     assert {job.lacks for job in stages.gap_jobs(scope, best)} == {"inc"}
     assert {job.method for job in stages.room_jobs(scope)} <= set(scope.methods)

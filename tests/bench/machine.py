@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def cores() -> int:
 def today() -> str:
     """The date in UTC, as 2026-01-31."""
     return datetime.now(UTC).date().isoformat()
+
+
+def product_flops(size: int = 2048, times: int = 5) -> float:
+    """Floating-point operations per second of a product of two square float32 matrices."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    left @ right
+    began = time.perf_counter()
+    for _ in range(times):
+        left @ right
+    return times * 2 * size**3 / (time.perf_counter() - began)
 
 
 def start_of_peak() -> int:

@@ -56,7 +56,7 @@ class Setting:
     activation_checkpointing: bool
     liger: bool
     selective: bool = False
-    """Whether blocks will keep the results of matrix products; then Liger rotates nothing."""
+    """Whether recomputed blocks keep the results of matrix products; Liger rotates nothing then."""
     random_bases: bool = False
     """Whether nothing is split: a step takes as long with any bases."""
 
@@ -141,7 +141,7 @@ def _load(setting: Setting, seconds: dict[str, float]) -> tuple[PreTrainedModel,
         if reason is not None and setting.world.device.type == "cuda":
             print(reason, file=sys.stderr)  # what is measured is slower than it could be
     if setting.activation_checkpointing:
-        enable_activation_checkpointing(hf)
+        enable_activation_checkpointing(hf, setting.selective)
     return hf, off is None
 
 

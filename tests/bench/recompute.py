@@ -27,9 +27,10 @@ import torch
 from bench import machine
 from bench.methods import Method, Setting, ours
 from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, save
-from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing
+from osft_trainer.blocks import compile_blocks
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
+from osft_trainer.topology import usable_cpus
 
 RESULTS = Path(__file__).with_name("results")
 MODES: dict[str, tuple[str, bool]] = {
@@ -53,6 +54,8 @@ Numbers = dict[str, Any]
 def main() -> None:
     """Measure, write the result, print it."""
     arguments = _parser().parse_args()
+    if arguments.device == "cpu":
+        torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
     if arguments.one is not None:
         print(json.dumps(measure(arguments)))
         return
@@ -152,7 +155,7 @@ def _method(arguments: argparse.Namespace) -> Method:
         world=World(0, 0, 1, torch.device(arguments.device)),
         dtype=torch.bfloat16 if on_cuda else torch.float32,
         ratio=0.25,
-        activation_checkpointing=False,
+        activation_checkpointing=kept != "keep",
         liger=on_cuda,
         selective=kept == "selective",
         # Splits of large models take longer than all that is measured.
@@ -162,8 +165,6 @@ def _method(arguments: argparse.Namespace) -> Method:
     model = method.module
     assert isinstance(model, OSFTModel)
     model.train()
-    if kept != "keep":
-        enable_activation_checkpointing(model.hf, setting.selective)
     if compiled:
         compile_blocks(model.hf, setting.world.device)
     return method

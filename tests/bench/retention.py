@@ -47,7 +47,7 @@ from retention_stages import (  # noqa: E402
     room_jobs,
     screen_jobs,
 )
-from retention_training import Trainings  # noqa: E402
+from retention_training import Trainings, side_by_side  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results" / "retention.json"
 
@@ -126,16 +126,13 @@ def _before(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
 
 def measure_all(folder: Path, scope: Scope, processes: int) -> dict[str, Any]:
     """Screen, finals, room: what the result file holds."""
-    trainings = Trainings(folder, processes)
+    trainings = Trainings(side_by_side(folder, processes))
     print("screen", flush=True)
     screen = trainings.run_all(screen_jobs(scope))
     best = best_settings(scope.methods, screen)
-    print("finals", flush=True)
-    finals = trainings.run_all(final_jobs(scope, best))
-    print("room", flush=True)
-    room = trainings.run_all(room_jobs(scope))
-    print("text that lacks a skill", flush=True)
-    gap = trainings.run_all(gap_jobs(scope, best))
+    print("finals, room, text that lacks a skill", flush=True)
+    finals, room, gap = final_jobs(scope, best), room_jobs(scope), gap_jobs(scope, best)
+    trainings.run_all([*finals, *room, *gap])  # at once: no core waits for another stage's last
     return {
         "machine": {
             "cpu": machine.processor_name(),
@@ -146,9 +143,9 @@ def measure_all(folder: Path, scope: Scope, processes: int) -> dict[str, Any]:
         "steps": scope.steps,
         "best": {method: asdict(job) for method, job in best.items()},
         "screen": [asdict(outcome) for outcome in screen],
-        "finals": [asdict(outcome) for outcome in finals],
-        "room": [asdict(outcome) for outcome in room],
-        "gap": [asdict(outcome) for outcome in gap],
+        "finals": [asdict(outcome) for outcome in trainings.run_all(finals)],
+        "room": [asdict(outcome) for outcome in trainings.run_all(room)],
+        "gap": [asdict(outcome) for outcome in trainings.run_all(gap)],
     }
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,26 +174,37 @@ def _run(job: Job) -> Outcome:
     return _bench[0].run(job)
 
 
+TrainAll = Callable[[Sequence[Job]], Iterable[Outcome]]
+
+
 class Trainings:
-    """Runs the trainings of one stage after the other, side by side, each of them once.
+    """Runs the trainings of one stage after the other, each of them once.
 
     The same job gives the same outcome: what an earlier stage has trained is not trained again.
     """
 
-    def __init__(self, folder: Path, processes: int) -> None:
-        """`folder`: where the base models lie."""
-        self._folder, self._processes = folder, processes
+    def __init__(self, train_all: TrainAll) -> None:
+        """`train_all` may give outcomes in any order."""
+        self._train_all = train_all
         self._found: dict[Job, Outcome] = {}
 
     def run_all(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """All jobs, a process each core; prints a line now and then."""
+        """All jobs, in their order; prints a line now and then."""
         new = [job for job in dict.fromkeys(jobs) if job not in self._found]
-        context = multiprocessing.get_context("spawn")
         began = time.monotonic()
-        with context.Pool(self._processes, _start, (self._folder,)) as pool:
-            for count, outcome in enumerate(pool.imap_unordered(_run, new), start=1):
-                self._found[outcome.job] = outcome
-                if count % 10 == 0 or count == len(new):
-                    seconds = time.monotonic() - began
-                    print(f"  {count} of {len(new)}, {seconds:.0f} s", flush=True)
+        for count, outcome in enumerate(self._train_all(new) if new else [], start=1):
+            self._found[outcome.job] = outcome
+            if count % 10 == 0 or count == len(new):
+                print(f"  {count} of {len(new)}, {time.monotonic() - began:.0f} s", flush=True)
         return [self._found[job] for job in jobs]
+
+
+def side_by_side(folder: Path, processes: int) -> TrainAll:
+    """Trainings from the base models of a folder, a process each core."""
+
+    def train_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(processes, _start, (folder,)) as pool:
+            yield from pool.imap_unordered(_run, jobs)
+
+    return train_all

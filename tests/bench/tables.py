@@ -37,11 +37,12 @@ def training_table(result: Numbers) -> str:
         "",
     ]
     head = ["method", "step s", "x plain", "spread", "tokens/s", "static GB", "x plain"]
-    head += ["peak GB", "x plain", "MFU"] if on_cuda else []
+    has_peak = all(numbers["peak_bytes"] is not None for numbers in methods.values())
+    head += ["peak GB", "x plain", "MFU"] if has_peak else []
     head += ["load s", "decompose s", "from cache s", "state GB", "save s", "export s"]
     lines += [_row(head), _row(["---"] * len(head))]
     for name, numbers in methods.items():
-        lines.append(_row([name, *_cells(numbers, baseline, result, on_cuda)]))
+        lines.append(_row([name, *_cells(numbers, baseline, result, has_peak)]))
     failed: dict[str, str] = result.get("failed", {})
     lines += ["", *(f"- {name} {why}" for name, why in failed.items())] if failed else []
     return "\n".join(lines)
@@ -157,7 +158,7 @@ def _rounds(numbers: Numbers) -> str:
     return f"{len(numbers['step_seconds'])} rounds"
 
 
-def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) -> list[str]:
+def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, has_peak: bool) -> list[str]:
     seconds = statistics.median(numbers["step_seconds"])
     mine, theirs = numbers["step_seconds"], baseline["step_seconds"]
     if len(mine) == len(theirs):
@@ -175,9 +176,9 @@ def _cells(numbers: Numbers, baseline: Numbers, result: Numbers, on_cuda: bool) 
         f"{static / 1e9:.3f}",
         f"{static / sum(baseline['static_bytes'].values()):.2f}",
     ]
-    if on_cuda:
+    if has_peak:
         peak, flops = numbers["peak_bytes"], result["peak_flops"]
-        cells += [f"{peak / 1e9:.1f}", f"{peak / baseline['peak_bytes']:.2f}"]
+        cells += [f"{peak / 1e9:.2f}", f"{peak / baseline['peak_bytes']:.2f}"]
         cells.append("" if flops is None else f"{result['step_flops'] / seconds / flops:.0%}")
     start = numbers["start_seconds"]
     cells += [_number(start.get(part)) for part in ("load", "decompose", "decompose from cache")]

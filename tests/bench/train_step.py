@@ -3,9 +3,11 @@
 `make bench-train` (CPU) and `make bench-gpu` (CUDA); `--quick` shows in seconds that it works. One
 model, one batch, one precision, one loss. On CPU all methods lie in memory side by side and take
 turns step by step (A B C, A B C, ...), so that a busy machine slows all of them alike; the spread
-is over these rounds. On CUDA each turn is a process of its own, so that the peak memory is its own;
-of a single round the spread is over its steps. The result goes to `tests/bench/results/`, and
-`make generate` puts it into the README.
+is over these rounds. Then each takes two steps in a process of its own, for the peak of its
+resident memory; MFU is the share of the rate at which one large matrix product runs between rounds.
+On CUDA each turn is a process of its own, so that the peak memory is its own; of a single round the
+spread is over its steps. The result goes to `tests/bench/results/`, and `make generate` puts it
+into the README.
 
 Where a command may not take long: `--minutes` ends it with what it has, `--turn-minutes` leaves out
 a method that takes longer, `--methods` takes some, `--add` leaves the others in the result as they
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from functools import partial
@@ -50,8 +53,8 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench: --device cuda needs a CUDA device, and torch sees none here")
     if arguments.only is not None:
-        method = METHODS[arguments.only](_setting(arguments, arguments.work))
-        turns.take(method, _tokens(arguments), arguments)
+        setting = _setting(arguments, arguments.work)
+        turns.take(arguments.only, setting, _tokens(arguments), arguments)
         return
     names = [name for name in METHODS if _takes_part(name, arguments)]
     if arguments.add and _path(arguments).is_file():
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes no result")
     parser.add_argument("--tokens", type=int, help="of a step; default: 512, on CUDA 8192")
     parser.add_argument("--rounds", type=int, help="turns of each method; default: 5, on CUDA 1")
-    parser.add_argument("--steps", type=int, default=15, help="steps of a turn, on CUDA")
+    parser.add_argument("--steps", type=int, help="of a turn in a process; default: 1, on CUDA 15")
     parser.add_argument("--threads", type=int, help="default: all cores, as one rank is given; CPU")
     parser.add_argument("--ratio", type=float, default=0.25, help="unfreeze_rank_ratio")
     parser.add_argument("--methods", help="some of them, comma-separated; default: all")
@@ -99,6 +102,7 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     # Whatever else was told: a command that names a shape shall be quick, too.
     told["shape"] = "quick" if arguments.quick else arguments.shape or _default_shape(arguments)
     told["tokens"] = arguments.tokens or (8192 if on_cuda and not arguments.quick else 512)
+    told["steps"] = arguments.steps or (15 if on_cuda else 1)
     told["rounds"] = arguments.rounds or (1 if on_cuda else 5)
     told["threads"] = arguments.threads or usable_cpus()
     return arguments
@@ -147,19 +151,30 @@ def _side_by_side(
         methods[name] = METHODS[name](_setting(arguments, folder / str(number)))
     tokens = _tokens(arguments)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    rates = []
     for turn in range(arguments.rounds + 1):
         print(f"round {turn} of {arguments.rounds}", file=sys.stderr)
+        rates.append(machine.product_flops())
         for name, method in methods.items():
             step = turns.step(method, tokens)
             if turn > 0:  # the first one warms up
                 seconds[name].append(step)
-    return {
+    arguments.peak_flops = statistics.median(rates)
+    found = {
         name: {
             **turns.of_steps(method, seconds[name]),
             **turns.of_files(method, folder / f"{number}-written"),
         }
         for number, (name, method) in enumerate(methods.items())
     }
+    methods.clear()  # the memory that others are measured in
+    for number, name in enumerate(names):
+        print(f"memory of {name}", file=sys.stderr)
+        alone, failure = turns.turn_of(name, arguments, folder / str(number), turn=1)
+        if alone is None:
+            print(f"bench: {name} alone {failure}", file=sys.stderr)
+        found[name]["peak_bytes"] = None if alone is None else alone["peak_bytes"]
+    return found
 
 
 def _keep(arguments: argparse.Namespace, found: dict[str, Numbers], failed: dict[str, str]) -> None:
@@ -187,7 +202,7 @@ def added(before: Numbers, result: Numbers) -> Numbers:
     Raises:
         ValueError: they are not of one setting.
     """
-    apart = ("date", "methods", "failed", "threads")
+    apart = ("date", "methods", "failed", "threads", "peak_flops")
     different = [k for k in result if k not in apart and before.get(k) != result[k]]
     if different:
         raise ValueError(f"--add: the result that is there has another {', '.join(different)}")
@@ -219,7 +234,7 @@ def _result(
         "random_bases": arguments.random_bases,
         "spread_over": "steps" if on_cuda and arguments.rounds == 1 else "rounds",
         "step_flops": step_flops(arguments.shape, multiplied, arguments.tokens),
-        "peak_flops": peak if on_cuda else None,
+        "peak_flops": peak if on_cuda else getattr(arguments, "peak_flops", None),
         "methods": found,
         "failed": failed,
     }

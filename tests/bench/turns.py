@@ -1,8 +1,9 @@
-"""Turns of the benchmark's methods on CUDA: each in a process of its own, what is known kept.
+"""Turns of the benchmark's methods in processes of their own, what is known kept.
 
-Called by `train_step`. A GPU is lent for minutes, and some methods need hours to split a large
-model: so a turn has a time limit, a method that fails or does not end is named and the others go
-on, and numbers are handed on as soon as they are known, before what may still fail.
+Called by `train_step`: on CUDA for everything, on CPU for the memory that a step takes. A GPU is
+lent for minutes, and some methods need hours to split a large model: so a turn has a time limit, a
+method that fails or does not end is named and the others go on, and numbers are handed on as soon
+as they are known, before what may still fail.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.methods import Method
+from bench import machine
+from bench.methods import METHODS, Method, Setting
 
 Numbers = dict[str, Any]
 Keep = Callable[[dict[str, Numbers], dict[str, str]], object]
@@ -43,7 +45,7 @@ def one_by_one(names: list[str], arguments: argparse.Namespace, folder: Path, ke
                 continue
             print(f"round {turn + 1} of {arguments.rounds}: {name}", file=sys.stderr)
             work = folder / str(number)
-            found, failure = _turn(name, arguments, work, turn, left)
+            found, failure = turn_of(name, arguments, work, turn, left)
             if failure is not None:
                 failed[name] = failure
                 print(f"bench: {name} {failure}", file=sys.stderr)
@@ -67,16 +69,16 @@ def together(parts: list[Numbers]) -> Numbers:
     return {**parts[0], "step_seconds": [statistics.median(p["step_seconds"]) for p in parts]}
 
 
-def _turn(
-    name: str, arguments: argparse.Namespace, work: Path, turn: int, left: float
+def turn_of(
+    name: str, arguments: argparse.Namespace, work: Path, turn: int, left: float = math.inf
 ) -> tuple[Numbers | None, str | None]:
-    """What the process said last, and what went wrong with it."""
+    """What the process said last, and what went wrong with it. The first turn's is 0."""
     work.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "bench.train_step", f"--only={name}", f"--work={work}"]
     command += [f"--device={arguments.device}", f"--shape={arguments.shape}"]
     command += [f"--base={arguments.base}", f"--steps={arguments.steps}"]
     command += [f"--tokens={arguments.tokens}", f"--ratio={arguments.ratio}"]
-    command += [f"--rounds={arguments.rounds}", f"--turn={turn}"]
+    command += [f"--rounds={arguments.rounds}", f"--threads={arguments.threads}", f"--turn={turn}"]
     command += ["--random-bases"] if arguments.random_bases else []
     said, failure = work / "said.txt", None
     limit = None if left == math.inf else left
@@ -90,13 +92,21 @@ def _turn(
     return (json.loads(lines[-1]) if lines else None), failure
 
 
-def take(method: Method, tokens: torch.Tensor, arguments: argparse.Namespace) -> None:
+def take(name: str, setting: Setting, tokens: torch.Tensor, arguments: argparse.Namespace) -> None:
     """This process's turn; prints the numbers when the steps are done, and again with the rest."""
+    on_cuda = tokens.device.type == "cuda"
+    before = 0 if on_cuda else machine.start_of_peak()
+    method = METHODS[name](setting)
     step(method, tokens)  # warms up
-    if tokens.device.type == "cuda":
-        # What splitting took is none of a step's.
+    # What splitting took is none of a step's.
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
+    else:
+        machine.start_of_peak()
     numbers = of_steps(method, [step(method, tokens) for _ in range(arguments.steps)])
+    # On a CPU without what the program itself takes, which is the same for all.
+    peak = torch.cuda.max_memory_allocated() if on_cuda else machine.resident("VmHWM") - before
+    numbers["peak_bytes"] = peak
     print(json.dumps(numbers), flush=True)
     if arguments.turn > 0:
         return
@@ -120,12 +130,11 @@ def step(method: Method, tokens: torch.Tensor) -> float:
 
 def of_steps(method: Method, seconds: list[float]) -> Numbers:
     """What is known when the steps are done."""
-    on_cuda = method.setting.world.device.type == "cuda"
     return {
         "step_seconds": seconds,
         "start_seconds": method.seconds,
         "static_bytes": method.static_bytes(),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "peak_bytes": None,
         "saved_bytes": None,
         "save_seconds": None,
         "export_seconds": None,

@@ -73,7 +73,8 @@ def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedMod
     return model
 
 
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Matrices that are fed what another one is."""
 
 
 def shared_bases(family: str, ratio: float, **overrides: object) -> OSFTModel:
@@ -84,7 +85,7 @@ def shared_bases(family: str, ratio: float, **overrides: object) -> OSFTModel:
     def decompose(target: Target, weight: Tensor) -> Split:
         conv1d = target.kind == "conv1d"
         path, _, leaf = target.module.rpartition(".")
-        key = f"{path}.{_SAME_INPUT.get(leaf, leaf)}"
+        key = f"{path}.{SAME_INPUT.get(leaf, leaf)}"
         if key not in made:
             width = weight.shape[0 if conv1d else 1]
             torch.manual_seed(len(made))

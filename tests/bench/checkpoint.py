@@ -27,7 +27,6 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.parallel import World
 from osft_trainer.report import RunFolder
 from osft_trainer.saving import Saver
-from osft_trainer.topology import usable_cpus
 
 RESULTS = Path(__file__).with_name("results")
 MEMORY = Path("/dev/shm")
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--folder", type=Path, help="on the disk; default: a temporary folder")
     arguments = parser.parse_args()
-    torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
+    machine.use_all_cores()
     state = state_of(arguments.megabytes)
     size = sum(3 * p.numel() * p.element_size() for p in state.trainables.values())
     for to, place in (("disk", arguments.folder), ("memory", MEMORY)):

@@ -28,7 +28,6 @@ from osft_trainer.decomposition import prepare
 from osft_trainer.parallel import World
 from osft_trainer.subspace import free_rank, split_weight
 from osft_trainer.targets import plan_targets
-from osft_trainer.topology import usable_cpus
 
 RESULTS = Path(__file__).with_name("results")
 SHAPES = [(1024, 1024), (1024, 3584), (3584, 1024)]
@@ -128,7 +127,7 @@ def main() -> None:
     parser.add_argument("--form", default="exact", choices=["exact", "core", "factored"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     arguments = parser.parse_args()
-    torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
+    machine.use_all_cores()
     result = {
         "command": " ".join(["python -m bench.decomposition", *sys.argv[1:]]),
         **machine.circumstances(arguments.device.type),

@@ -1,4 +1,7 @@
-"""On which machine a benchmark ran, and what memory its process takes. Called by benchmarks."""
+"""On which machine a benchmark runs, how fast that multiplies, and what memory its process takes.
+
+Called by benchmarks. Must never: know what they measure.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from osft_trainer.topology import usable_cpus
+
+
+def use_all_cores() -> None:
+    """Let torch have as many threads as the launcher gives one rank that is alone."""
+    torch.set_num_threads(usable_cpus())
 
 
 def circumstances(device: str) -> dict[str, Any]:

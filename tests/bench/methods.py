@@ -33,10 +33,9 @@ from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.shards import HostCopy, write_rows
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, plan_targets
+from tiny_models import SAME_INPUT
 
 LORA_RANK = 32
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Matrices of the benchmarks' models that are fed what another one is."""
 TEXT_CONVERSATIONS = 400
 """Some 12,000 tokens: more than the widest input of the CPU's models."""
 
@@ -187,7 +186,7 @@ def _random(setting: Setting, plan: Plan) -> Decompose:
 
     def decompose(target: Target, weight: Tensor) -> Split:
         parent, _, leaf = target.module.rpartition(".")
-        key = (parent, _SAME_INPUT.get(leaf, leaf))
+        key = (parent, SAME_INPUT.get(leaf, leaf))
         if plan.split_by == "activations" and key in shared:
             return shared[key]
         parts: dict[str, Tensor] = {}

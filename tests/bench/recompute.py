@@ -30,7 +30,6 @@ from bench.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, counted, save
 from osft_trainer.blocks import compile_blocks
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
-from osft_trainer.topology import usable_cpus
 
 RESULTS = Path(__file__).with_name("results")
 MODES: dict[str, tuple[str, bool]] = {
@@ -55,7 +54,7 @@ def main() -> None:
     """Measure, write the result, print it."""
     arguments = _parser().parse_args()
     if arguments.device == "cpu":
-        torch.set_num_threads(usable_cpus())  # as the launcher gives one rank
+        machine.use_all_cores()
     if arguments.one is not None:
         print(json.dumps(measure(arguments)))
         return

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: TrainerArguments, rank: int) -> LastWords:
-    # Hardly anything that torch and transformers make while they load is garbage, and to look for
-    # it takes a sixth of that time; nor is it looked for there later.
+    # Hardly anything that torch and transformers make while they load is garbage: to look for it
+    # there takes long, now and later.
     gc.disable()
     # Here, so that wrong arguments are refused before torch takes its seconds to load.
     from osft_trainer import worker

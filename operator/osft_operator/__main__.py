@@ -1,6 +1,6 @@
 """`osft-operator`, also `python -m osft_operator`: settings, log, signals, run, exit code.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the Lease was lost or refused, or a watch died (start
+Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the Lease was lost, or a watch died (start
 it anew); 2 the settings or the way to the cluster are wrong (starting anew does not help).
 """
 

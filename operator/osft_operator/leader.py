@@ -1,10 +1,11 @@
 """Which replica works: a Lease that one holds and renews.
 
 Called by service. The standby tries to take the Lease and does nothing else; the leader renews it
-and ends its process when that fails for too long. Other replicas' clocks are not trusted: a Lease
-has run out when it did not change for its duration on this machine's clock, as in client-go. Before
-each write the leader looks at its own clock (`check`), so a process that was paused does not write
-as if nothing had happened.
+and ends its process when that fails for too long: no answer of the API server, of whatever kind,
+ends a leader whose Lease still holds. Other replicas' clocks are not trusted: a Lease has run out
+when it did not change for its duration on this machine's clock, as in client-go. Before each write
+the leader looks at its own clock (`check`), so a process that was paused does not write as if
+nothing had happened.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from osft_operator import metrics
-from osft_operator.cluster import Cluster, Conflict, NotFound, Unavailable
+from osft_operator.cluster import Cluster, ClusterError, NotFound
 from osft_operator.kinds import LEASES, Object
 from osft_operator.settings import Settings
 
@@ -44,6 +45,7 @@ class Leader:
         self._identity = settings.instance_name
         self._duration = settings.lease_duration_seconds
         self._interval = settings.lease_renew_seconds
+        self._pause = min(self._interval, self._duration / STANDBY_LOOKS)
         self._clock = clock
         self._seen: tuple[str, float] = ("", float("-inf"))
         self._renewed = float("-inf")
@@ -67,14 +69,12 @@ class Leader:
         """Wait until this replica is the leader.
 
         Args:
-            standby: called when it is not at once.
-
-        Raises:
-            Refused: when the API server does not let it try.
+            standby: called when another replica is; not while the Lease cannot be read.
         """
         while not await self._try():
-            standby()
-            await asyncio.sleep(min(self._interval, self._duration / STANDBY_LOOKS))
+            if self._lease is not None:
+                standby()
+            await asyncio.sleep(self._pause)
         logger.info("This replica is the leader", extra={"lease": self._name})
         metrics.leader.labels(self._name).set(1)
 
@@ -84,9 +84,12 @@ class Leader:
         Raises:
             LeaseLost: when another replica holds it, or when renewing failed for too long.
         """
+        is_renewed = True
         while True:
-            await asyncio.sleep(self._interval)
-            if not await self._try() and self._holder() != self._identity:
+            # What passes soon must not cost several renewals.
+            await asyncio.sleep(self._interval if is_renewed else self._pause)
+            is_renewed = await self._try()
+            if not is_renewed and self._holder() != self._identity:
                 raise LeaseLost(f"the Lease {self._name} is held by {self._holder()} now")
             self.check()
 
@@ -99,17 +102,18 @@ class Leader:
         self._renewed = float("-inf")
         try:
             await self._write({**self._lease, "spec": spec})
-        except (Conflict, NotFound, Unavailable) as error:
+        except ClusterError as error:
             logger.warning("The Lease could not be released, it will run out: %s", error)
 
     async def _try(self) -> bool:
-        """Take or renew the Lease once; False when another replica has it or nothing was heard."""
+        """Take or renew the Lease once; False when another replica has it or it did not succeed."""
         # The time before the request: the server cannot have counted from later than its answer.
         now = self._clock()
         try:
             return await self._take(now)
-        except (Conflict, Unavailable) as error:
-            logger.warning("The Lease could not be renewed: %s", error)
+        except ClusterError as error:
+            # Also a refusal: rights come and go, and only the Lease's own time ends a leader.
+            logger.warning("The Lease could not be taken or renewed: %s", error)
             return False
 
     async def _take(self, now: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ END_TO_END, CLUSTER, REST = "end-to-end", "cluster", "rest"
 """The crowds that tests come in. All tests of one of the first two run on one worker, in order."""
 _USES_THE_PLANE = "mark.cluster"
 """Stands in every file with a test that asks for the control plane."""
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a family of `model_families`, made once and shared: only to be read."""
+    # torch takes seconds to load, and most tests have no need of it
+    import model_families
+
+    root = tmp_path_factory.mktemp("families")
+    made: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in made:
+            made[name] = model_families.save_family(root / name, name)
+        return made[name]
+
+    return folder_of
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -38,6 +38,13 @@ PODS = [
         words="size must be more than nothing",
     ),
     Sample(
+        "claim-counted",
+        {f"{C}.size": "7Ei"},
+        {f"{C}.size": "1e19"},
+        f"{C}",
+        words="is beyond what Kubernetes can count: write a number below 8E",
+    ),
+    Sample(
         "claim-class",
         {f"{C}.storageClassName": "fast"},
         {f"{C}.size": GONE, f"{C}.claimName": "m", f"{C}.storageClassName": "fast"},
@@ -126,6 +133,13 @@ PODS = [
         words="exclude each other",
     ),
     Sample(
+        "cache-counted",
+        {f"{S}.cache": {"sizeLimit": "1e12"}},
+        {f"{S}.cache": {"sizeLimit": "1e99999999999"}},
+        f"{S}.cache",
+        words="is beyond what Kubernetes can count",
+    ),
+    Sample(
         "cache-climb",
         {f"{S}.cache": {"mountPath": "/c"}},
         {f"{S}.cache": {"mountPath": "/c/../d"}},
@@ -194,5 +208,40 @@ PODS = [
         {"spec.sharedMemory": {"sizeLimit": "1Gi", "enabled": False}},
         "spec.sharedMemory",
         words="remove one of them",
+    ),
+    Sample(
+        "shared-memory-counted",
+        {"spec.sharedMemory": {"sizeLimit": "0.5Gi"}},
+        {"spec.sharedMemory": {"sizeLimit": "8Ei"}},
+        "spec.sharedMemory",
+        words="is beyond what Kubernetes can count",
+    ),
+    Sample(
+        "limits-counted",
+        {"spec.resources.limits": {"memory": "7Ei", "cpu": 10**17, "nvidia.com/gpu": "1e1"}},
+        {"spec.resources.limits": {"nvidia.com/gpu": "1e999"}},
+        "spec.resources.limits",
+        words="is beyond what Kubernetes can count",
+    ),
+    Sample(
+        "requests-counted",
+        {"spec.resources.requests": {"cpu": "1e-9"}},
+        {"spec.resources.requests": {"cpu": 2**63 - 1}},
+        "spec.resources.requests",
+        words="is beyond what Kubernetes can count",
+    ),
+    Sample(
+        "limits-whole",
+        {"spec.resources.limits": {"nvidia.com/gpu": "8.0", "rdma/hca": "1k", "a/b": "2000m"}},
+        {"spec.resources.limits": {"nvidia.com/gpu": "0.5"}},
+        "spec.resources",
+        words="is counted in whole numbers",
+    ),
+    Sample(
+        "requests-whole",
+        {"spec.resources.requests": {"example.com/a": 1, "cpu": "0.5"}},
+        {"spec.resources.requests": {"example.com/a": "1500m"}},
+        "spec.resources",
+        words="is counted in whole numbers",
     ),
 ]

@@ -9,7 +9,6 @@ import yaml
 
 from job_samples import MINIMAL, Sample, job
 from osft_operator.policy import denials
-from osft_operator.resources import gpus, quantity, threads
 from osft_operator.spec import OSFTJob, problems
 from rule_samples import RULES, SCHEMA
 
@@ -65,20 +64,3 @@ def test_the_folder_is_the_jobs_own() -> None:
     other = job({"spec.storage.checkpoints.mountPath": "/out"}, name="b")
     assert OSFTJob.model_validate(other).spec.training.ckpt_output_dir == "/out/b"
     assert denials(OSFTJob.model_validate(other)) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("500m", 0.5), ("2Gi", 2**31), ("4", 4), ("1e3", 1000), ("1.5", 1.5), ("1k", 1000)],
-)
-def test_quantities(text: str, value: float) -> None:
-    assert quantity(text) == value
-
-
-def test_counts_from_resources() -> None:
-    assert gpus({"nvidia.com/gpu": "8", "cpu": "4"}) == 8
-    assert gpus({"amd.com/gpu": "2", "rdma/hca": "1"}) == 2
-    assert threads({"cpu": "17"}, {}, 4) == 4
-    assert threads({}, {"cpu": "500m"}, 1) == 1
-    assert threads({}, {}, 1) is None
-    assert threads({}, {}, 2) == 1

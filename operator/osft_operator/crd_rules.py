@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from osft_operator import names
+from osft_operator.resources import COUNTED_PATTERN, COUNTED_WORDS, WHOLE_PATTERN, WHOLE_WORDS
 from osft_trainer.config import ENDLESS_SCHEDULES
 from osft_trainer.report import METRICS_PORT
 
@@ -88,6 +89,37 @@ def _no_climb(at: str, field: str) -> Rule:
         + (" or begin with /: write a path inside the volume" if field == "subPath" else ""),
         f".{field}",
     )
+
+
+def _counted(at: str, field: str) -> Rule:
+    """A size is one that Kubernetes can count."""
+    return Rule(
+        at,
+        f"!has(self.{field}) || self.{field}.matches('{COUNTED_PATTERN}')",
+        f"{field} {COUNTED_WORDS}",
+        f".{field}",
+    )
+
+
+def _amounts(field: str) -> list[Rule]:
+    """Amounts of resources can be counted, and those of devices are whole."""
+    amount = f"string(self.{field}[a])"
+    device = "a.contains('/') && !a.contains('kubernetes.io/')"
+    return [
+        Rule(
+            "spec.resources",
+            f"!has(self.{field}) || self.{field}.all(a, {amount}.matches('{COUNTED_PATTERN}'))",
+            f"a quantity in {field} {COUNTED_WORDS}",
+            f".{field}",
+        ),
+        Rule(
+            "spec.resources",
+            f"!has(self.{field}) || self.{field}.all(a, !({device}) || "
+            f"{amount}.matches('{WHOLE_PATTERN}'))",
+            f"in {field}, {WHOLE_WORDS}",
+            f".{field}",
+        ),
+    ]
 
 
 TRAINING = "spec.training"
@@ -285,6 +317,7 @@ RULES = [
         "size must be more than nothing: write for instance 100Gi",
         ".size",
     ),
+    _counted(CHECKPOINTS, "size"),
     _excludes(CHECKPOINTS, "storageClassName", "claimName"),
     _excludes(CHECKPOINTS, "accessModes", "claimName"),
     Rule(
@@ -305,6 +338,7 @@ RULES = [
     _no_climb(MOUNT, "mountPath"),
     _no_climb(MOUNT, "subPath"),
     _excludes(CACHE, "claimName", "sizeLimit"),
+    _counted(CACHE, "sizeLimit"),
     _no_climb(CACHE, "mountPath"),
     Rule(
         "spec.storage",
@@ -331,6 +365,9 @@ RULES = [
         "sizeLimit has no effect with enabled: false: remove one of them",
         ".sizeLimit",
     ),
+    _counted("spec.sharedMemory", "sizeLimit"),
+    *_amounts("limits"),
+    *_amounts("requests"),
     Rule(
         "spec.env[]",
         f"!({_RESERVED_VARIABLE})",

@@ -86,7 +86,8 @@ def _host_memory(
     told = device == "cpu" and any(option.startswith("--memory-gib") for option in options)
     if limit is None or told:
         return []
-    return [f"--host-memory-gib={resources.quantity(limit) / resolved.nproc_per_node / 2**30}"]
+    gib = float(resources.quantity(limit) / resolved.nproc_per_node / 2**30)
+    return [f"--host-memory-gib={gib}"]
 
 
 def _check_trainer(command: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from osft_operator import names, policy_code, policy_pod
+from osft_operator import names, policy_code, policy_pod, policy_resources
 from osft_operator.policy_allowed import Allowed, matches, words
 from osft_operator.policy_security import Denial, Rule
 from osft_operator.spec import OSFTJob
@@ -39,6 +39,7 @@ def denials(job: OSFTJob, allowed: Allowed | None = None) -> list[Denial]:
         *(() if allowed.allow_remote_code else policy_code.denials(job)),
         *_metadata(template.metadata),
         *policy_pod.denials(job, allowed),
+        *policy_resources.denials(job),
     ]
 
 

@@ -49,6 +49,9 @@ class Rule(enum.StrEnum):
     """Environment variables of torchrun and the operators."""
     RESERVED_VOLUME = "ReservedVolume"
     """The name of a volume that the OSFTJob or the operator gives already."""
+    RESOURCES = "Resources"
+    """An amount of a resource that no pod can have: no quantity, beyond what can be counted, a part
+    of a device, a request above its limit."""
     SERVICE_ACCOUNT = "ServiceAccount"
     """A service account that is not in the list of allowed ones, or a token of one."""
     TWO_QUEUES = "TwoQueues"

@@ -1,6 +1,8 @@
-"""Numbers out of Kubernetes quantities: CPUs and GPUs of a pod.
+"""Kubernetes quantities, exactly: their grammar, their bounds, and the CPUs and GPUs of a pod.
 
-Called by resolved. Pure; a quantity that the API server accepted is never refused here.
+Called by the spec's models, crd_rules, the policy, resolved and the metrics. Pure. No float comes
+near a quantity: `1e999` is an error in words, not an overflow. The bounds stand here as patterns
+too, since the API server judges by patterns, and both must say the same.
 """
 
 from __future__ import annotations
@@ -8,34 +10,95 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 
-_QUANTITY = re.compile(r"\+?([0-9]*\.?[0-9]+|[0-9]+\.)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?\Z")
+QUANTITY_PATTERN = (
+    r"^([+]?([0-9]+(\.[0-9]*)?|\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE][-+]?[0-9]+))?$"
+)
+"""The API server's grammar of a quantity that is not negative."""
+COUNTED_PATTERN = (
+    "^[+]?0*("
+    "[0-9]{0,18}([.][0-9]*)?([num]|[eE]-0*[0-9]{1,2})?|"
+    "[0-9]{0,15}([.][0-9]*)?(k|Ki)|"
+    "[0-9]{0,12}([.][0-9]*)?Mi?|"
+    "[0-9]{0,9}([.][0-9]*)?(Gi?|[eE][+]?0*[0-9])|"
+    "[0-9]{0,6}([.][0-9]*)?Ti?|"
+    "[0-9]{0,3}([.][0-9]*)?Pi?|"
+    "[0-7]?([.][0-9]*)?Ei?|"
+    "[0-9]?([.][0-9]*)?[eE][+]?0*1[0-7]"
+    ")$"
+)
+"""A quantity below 8E: beyond, Kubernetes cuts the number, or cannot read it."""
+WHOLE_PATTERN = "^[+]?([0-9]+([.]0*)?([kMGTPE]|[KMGTPE]i|[eE][+]?[0-9]+)?|[0-9]*000m)$"
+"""A quantity that is written as a whole number."""
+
+COUNTED_WORDS = "is beyond what Kubernetes can count: write a number below 8E, for instance 100Gi"
+WHOLE_WORDS = "an extended resource is counted in whole numbers: write for instance 1"
+
+MAX_CHARACTERS = 64
+"""Longest quantity that is read."""
+MAX_PROCESSES = 1024
+"""Most processes of a pod."""
+
+_LARGEST = 2**63 - 1
+_NANO = 10**9
 _FACTORS = {
-    "": 1.0,
-    **{letter: 10.0 ** (3 * power) for power, letter in enumerate("num", -3)},
-    **{letter: 10.0 ** (3 * power) for power, letter in enumerate("kMGTPE", 1)},
-    **{f"{letter}i": 2.0 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)},
+    "": Fraction(1),
+    **{letter: Fraction(1000) ** power for power, letter in enumerate("num", -3)},
+    **{letter: Fraction(1000) ** power for power, letter in enumerate("kMGTPE", 1)},
+    **{f"{letter}i": Fraction(1024) ** power for power, letter in enumerate("KMGTPE", 1)},
 }
+_LARGEST_EXPONENT = 99
+"""Of a number of so many characters, every larger exponent makes too much, or less than a nano."""
 _GPU = re.compile(r"(nvidia\.com/(gpu|mig-.+)|amd\.com/gpu|gpu\.intel\.com/.+|habana\.ai/gaudi)\Z")
+_QUANTITY = re.compile(QUANTITY_PATTERN.removesuffix("$") + r"\Z")
+_COUNTED = re.compile(COUNTED_PATTERN.removesuffix("$") + r"\Z")
+_WHOLE = re.compile(WHOLE_PATTERN.removesuffix("$") + r"\Z")
 
 
-def quantity(text: str) -> float:
-    """A quantity as a number: `500m` is 0.5, `2Gi` is 2147483648.
+def quantity(text: str) -> Fraction:
+    """A quantity as the exact number that Kubernetes takes it for: `500m` is 1/2.
+
+    What is finer than a billionth is rounded up to one, as the API server does.
 
     Raises:
-        ValueError: the text is no quantity.
+        ValueError: the text is no quantity, or more than Kubernetes can count.
     """
-    match = _QUANTITY.match(text)
+    match = _QUANTITY.match(text) if len(text) <= MAX_CHARACTERS else None
     if match is None:
-        raise ValueError(f"{text!r} is no quantity; write for instance 500m, 4 or 100Gi")
-    suffix = match[2] or ""
-    if suffix not in _FACTORS:
-        return float(f"{match[1]}{suffix}")
-    return float(match[1]) * _FACTORS[suffix]
+        raise ValueError(f"{text[:MAX_CHARACTERS]!r} is no quantity: write for instance 500m or 4")
+    number, suffix = Fraction(match[1]), match[4] or ""
+    exponent = 0 if suffix in _FACTORS else int(suffix[1:])
+    if number and exponent > _LARGEST_EXPONENT:
+        raise ValueError(f"{text!r} {COUNTED_WORDS}")
+    factor = _FACTORS.get(suffix) or Fraction(10) ** max(exponent, -_LARGEST_EXPONENT)
+    value = Fraction(math.ceil(number * factor * _NANO), _NANO)
+    if value > _LARGEST:
+        raise ValueError(f"{text!r} {COUNTED_WORDS}")
+    return value
+
+
+def is_counted(text: str) -> bool:
+    """Whether a text of the right grammar is a quantity that Kubernetes can count."""
+    return _COUNTED.match(text) is not None
+
+
+def is_whole(text: str) -> bool:
+    """Whether a quantity is written as a whole number."""
+    return _WHOLE.match(text) is not None
+
+
+def is_extended(resource: str) -> bool:
+    """Whether a resource is a device and the like, which a container has whole or not at all."""
+    return "/" in resource and "kubernetes.io/" not in resource
 
 
 def gpus(limits: Mapping[str, str]) -> int:
-    """Accelerators of a pod, over all kinds named in its limits."""
+    """Accelerators of a pod, over all kinds named in its limits.
+
+    Raises:
+        ValueError: a number of them is no quantity.
+    """
     return sum(math.floor(quantity(count)) for name, count in limits.items() if _GPU.match(name))
 
 

@@ -11,14 +11,20 @@ import functools
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
+from osft_operator.resources import COUNTED_WORDS, QUANTITY_PATTERN, is_counted
 from osft_trainer.parameters import TEXT_PATTERN, WHITE_SPACE, Parameters, Text
 
-QUANTITY_PATTERN = (
-    r"^([+]?([0-9]+(\.[0-9]*)?|\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE][-+]?[0-9]+))?$"
-)
 ABSOLUTE_PATH_PATTERN = rf"^(/[^/:]+)*/[^/:]*[^/:{WHITE_SPACE}]$"
 DNS_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 LABEL_VALUE_PATTERN = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
@@ -41,7 +47,17 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Quantity = Annotated[str, Field(min_length=1, max_length=32, pattern=QUANTITY_PATTERN)]
+def _counted(text: str) -> str:
+    if not is_counted(text):
+        raise ValueError(COUNTED_WORDS)
+    return text
+
+
+Quantity = Annotated[
+    str,
+    Field(min_length=1, max_length=32, pattern=QUANTITY_PATTERN),
+    AfterValidator(_counted),
+]
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_NAME_PATTERN)]
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=512, pattern=ABSOLUTE_PATH_PATTERN)]
 SubPath = Annotated[Text, Field(max_length=512)]

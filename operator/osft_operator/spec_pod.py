@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from osft_operator import names
+from osft_operator.resources import WHOLE_WORDS, is_extended, is_whole
 from osft_operator.spec_part import JobPart, KeyName, ObjectName, Quantity, ResourceQuantity
 from osft_trainer.parameters import Text
 
@@ -132,6 +133,14 @@ class Resources(JobPart):
     """Upper limits, for instance nvidia.com/gpu, cpu, memory, rdma/hca."""
     requests: ResourceList = Field(default_factory=dict)
     """What the scheduler sets aside. Absent: the limits."""
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        for where, amounts in (("limits", self.limits), ("requests", self.requests)):
+            for name, amount in amounts.items():
+                if is_extended(name) and not is_whole(amount):
+                    raise ValueError(f"{where}[{name}] is {amount}: {WHOLE_WORDS}")
+        return self
 
 
 class Secrets(JobPart):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 import pytest
 
+import tiny
 from osft_trainer import identity, previous_runs
 from osft_trainer.config import RunParameters, TrainingParameters
+from osft_trainer.export import base_digest
 from osft_trainer.identity import (
     NOT_IN_FINGERPRINT,
     Claim,
     Fingerprint,
     check_owner,
     claim,
+    contents_of,
     data_digest,
     fingerprint,
     is_finished,
@@ -33,7 +37,9 @@ REQUIRED: dict[str, Any] = {
 
 
 def prints(data: str = "d1", model: str = "m1", **changes: Any) -> Fingerprint:
-    return fingerprint(TrainingParameters(**{**REQUIRED, **changes}), data, model)
+    return fingerprint(
+        TrainingParameters(**{**REQUIRED, **changes}), {"data": data, "model": model}
+    )
 
 
 @pytest.fixture
@@ -86,6 +92,95 @@ def test_data_are_known_by_content(tmp_path: Path) -> None:
     two.write_text("{ }\n")
     assert data_digest(one) != data_digest(two)
     assert data_digest(tmp_path) not in (data_digest(one), data_digest(two))
+
+
+def change_template(base: Path) -> None:
+    path = base / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": "{{ messages[0].content }}"}))
+
+
+def change_vocabulary(base: Path) -> None:
+    path = base / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "template": (change_template, "tokenizer"),
+    "template of its own": (
+        lambda base: (base / "chat_template.jinja").write_text("{{ 1 }}"),
+        "tokenizer",
+    ),
+    "vocabulary": (change_vocabulary, "tokenizer"),
+    "end tokens": (
+        lambda base: (base / "generation_config.json").write_text('{"eos_token_id": [1, 2]}'),
+        "tokenizer",
+    ),
+    "sampling": (
+        lambda base: (base / "generation_config.json").write_text('{"temperature": 2}'),
+        None,
+    ),
+    "code": (lambda base: (base / "modeling_own.py").touch(), "code"),
+    "words about it": (lambda base: (base / "README.md").touch(), None),
+    "weights": (lambda base: (base / "more.safetensors").write_bytes(bytes(8)), "model"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_only_with_the_model_folder_that_it_began_with(
+    tmp_path: Path, change: str
+) -> None:
+    """Its position counts samples of those tokens; a finished one is another model than asked."""
+    base = tiny.model_folder(tmp_path / "base")
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    training = tiny.training(base, data, tmp_path / "run", trust_remote_code=True)
+
+    def now() -> Fingerprint:
+        return fingerprint(training, contents_of(training, base_digest(base)))
+
+    folders = {name: RunFolder(tmp_path / name) for name in ("named", "unnamed", "finished")}
+    for name, folder in folders.items():
+        folder.root.mkdir()
+        claim(folder, named("uid" if name == "named" else None), now())
+        complete(folder.final if name == "finished" else folder.checkpoint(3))
+    act, part = CHANGES[change]
+    before = now()
+    act(base)
+    if part is None:
+        assert now().digest == before.digest
+        return
+    what = identity.CONTENTS[part]
+    with pytest.raises(ValueError, match=f"{what} has changed since.*Put the former files back"):
+        claim(folders["named"], named("uid", attempt=2), now())
+    for name in ("unnamed", "finished"):
+        with pytest.raises(ValueError, match=f"{part}: {what} differs"):
+            claim(folders[name], named(None), now())
+
+
+def test_a_run_that_began_before_the_tokenizer_was_digested_goes_on(folder: RunFolder) -> None:
+    old = prints()
+    new = Fingerprint({**old.parts, "tokenizer": "t1", "code": "c1"})
+    claim(folder, named("first"), old)
+    complete(folder.checkpoint(3))
+    assert claim(folder, named("first", attempt=2), new).state == "resume"
+    # From here on it is known.
+    changed = Fingerprint({**new.parts, "tokenizer": "t2"})
+    with pytest.raises(ValueError, match=r"the tokenizer, chat template .* has changed since"):
+        claim(folder, named("first", attempt=3), changed)
+    assert claim(folder, named("another"), new).state == "resume"
+    with pytest.raises(ValueError, match="tokenizer: the tokenizer, chat template"):
+        claim(folder, named("third"), changed)
+
+
+def test_another_run_may_follow_one_of_a_version_without_digests_of_tokenizers(
+    folder: RunFolder,
+) -> None:
+    claim(folder, named("first"), prints())
+    complete(folder.final)
+    new = Fingerprint({**prints().parts, "tokenizer": "t1"})
+    assert claim(folder, named("second"), new).state == "finished"
 
 
 def test_the_same_run_goes_on(folder: RunFolder) -> None:

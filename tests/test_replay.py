@@ -136,7 +136,7 @@ def test_more_of_the_old_is_kept(base: Path, tmp_path: Path) -> None:
 def test_the_text_that_is_learned_counts_for_the_identity(base: Path, tmp_path: Path) -> None:
     told = parameters(base, tmp_path)
     prints = {
-        fingerprint(parameters(base, tmp_path, **changes), "data", "model", text).digest
+        fingerprint(parameters(base, tmp_path, **changes), {"retention": text}).digest
         for changes in ({}, {"replay_ratio": 0.25}, {"retention_tokens": 50})
         for text in (data_digest(str(told.retention_data_path)), "another")
     }

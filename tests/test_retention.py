@@ -15,7 +15,7 @@ from pydantic import ValidationError
 import tiny
 from osft_trainer import train as train_module
 from osft_trainer.config import TrainingParameters
-from osft_trainer.identity import data_digest, fingerprint
+from osft_trainer.identity import contents_of, fingerprint
 from osft_trainer.last_words import Result
 from osft_trainer.model import load_model, load_tokenizer
 from osft_trainer.report import Progress, Retention, RunFolder, read_document
@@ -176,11 +176,12 @@ def test_the_text_is_part_of_the_identity_where_it_decides_the_split(
     base: Path, tmp_path: Path
 ) -> None:
     told = parameters(base, tmp_path, split_by="activations")
-    one = fingerprint(told, "data", "model", data_digest(base.parent / "old.jsonl"))
-    other = fingerprint(told, "data", "model", data_digest(base.parent / "data.jsonl"))
+    one = fingerprint(told, contents_of(told, "model"))
+    elsewhere = told.model_copy(update={"retention_data_path": str(base.parent / "data.jsonl")})
+    other = fingerprint(told, contents_of(elsewhere, "model"))
     assert one.digest != other.digest
     moved = told.model_copy(update={"retention_data_path": "/elsewhere"})
-    assert fingerprint(moved, "data", "model", one.parts["retention"]).digest == one.digest
+    assert fingerprint(moved, contents_of(told, "model")).digest == one.digest
 
 
 def test_prometheus_sees_both_losses() -> None:
@@ -192,11 +193,11 @@ def test_prometheus_sees_both_losses() -> None:
 
 
 def test_a_text_that_is_only_measured_on_changes_no_identity(base: Path, tmp_path: Path) -> None:
-    one = fingerprint(parameters(base, tmp_path, retention_tokens=50), "data", "model")
-    other = fingerprint(parameters(base, tmp_path, retention_tokens=60), "data", "model")
+    one = fingerprint(parameters(base, tmp_path, retention_tokens=50), {})
+    other = fingerprint(parameters(base, tmp_path, retention_tokens=60), {})
     assert one.digest == other.digest
     changes = {"split_by": "activations", "retention_tokens": 50}
-    read = fingerprint(parameters(base, tmp_path, **changes), "data", "model")
+    read = fingerprint(parameters(base, tmp_path, **changes), {})
     assert read.digest != one.digest
 
 

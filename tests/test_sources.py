@@ -1,7 +1,10 @@
 """Files and their rows: one content in every kind, faults by file and place, bounded memory."""
 
+import bz2
 import errno
+import gzip
 import json
+import lzma
 import os
 import re
 import sys
@@ -17,14 +20,22 @@ from pyarrow import ipc, parquet
 
 import tiny
 from osft_trainer import json_rows, tables
+from osft_trainer.conversations import conversation
 from osft_trainer.data import prepare
+from osft_trainer.data_files import find_data_files
 from osft_trainer.faults import Faults
-from osft_trainer.sources import data_files, read_rows
+from osft_trainer.features import row_decoder
+from osft_trainer.file_kinds import DataFile
+from osft_trainer.sources import read_rows
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"é{number}"}, {"role": "assistant", "content": "y"}]}
     for number in range(150)
 ]
+
+
+def values_of(path: Path, faults: Faults | None = None) -> list[Any]:
+    return [row.value for row in read_rows(find_data_files(path).files, faults or Faults())]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -71,7 +82,7 @@ def test_every_kind_gives_the_same_rows(
 ) -> None:
     write(tmp_path / name, ROWS)
     faults = Faults()
-    read = list(read_rows(data_files(tmp_path / name), faults))
+    read = list(read_rows(find_data_files(tmp_path / name).files, faults))
     assert [row.value for row in read] == ROWS
     assert read[2].place == third
     assert faults.rows == len(ROWS)
@@ -108,7 +119,7 @@ def test_an_array_is_read_in_pieces_of_any_length(
     path = tmp_path / "d.json"
     path.write_text(f" {json.dumps(rows, indent=2)} \n")
     monkeypatch.setattr(json_rows, "_CHUNK_CHARACTERS", pieces)
-    read = list(read_rows([path], Faults()))
+    read = list(read_rows(find_data_files(path).files, Faults()))
     assert [row.value for row in read] == rows
     lines = [2, 13, 14, 15, 16, 17, 18]
     assert [row.place for row in read] == [
@@ -137,14 +148,14 @@ def test_an_array_that_is_broken_is_an_error_in_either_mode(
     path = tmp_path / "d.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"data_path: d\.json, {words}"):
-        list(read_rows([path], Faults(mode)))
+        values_of(path, Faults(mode))
 
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:
     for name in ("d.parquet", "d.arrow"):
         (tmp_path / name).write_bytes(b"no table at all")
         with pytest.raises(ValueError, match=f"data_path: {name} cannot be read: "):
-            list(read_rows([tmp_path / name], Faults()))
+            values_of(tmp_path / name)
 
 
 def flipped(path: Path, where: slice) -> None:
@@ -201,7 +212,7 @@ def test_a_table_that_is_damaged_within_is_named(
     write(tmp_path / name, ROWS)
     damage(tmp_path / name)
     with pytest.raises(ValueError, match=f"data_path: {re.escape(name)} cannot be read: .*again"):
-        list(read_rows([tmp_path / name], Faults()))
+        values_of(tmp_path / name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -209,16 +220,16 @@ def test_a_disk_that_fails_is_no_damaged_table(tmp_path: Path) -> None:
     """It may pass, so it must not be taken for bad input."""
     (tmp_path / "d.arrow").symlink_to("/proc/self/mem")  # whose first bytes nobody can read
     with pytest.raises(OSError, match="Input/output error") as caught:
-        list(read_rows([tmp_path / "d.arrow"], Faults()))
+        values_of(tmp_path / "d.arrow")
     assert caught.value.errno == errno.EIO
     with pytest.raises(FileNotFoundError):
-        list(read_rows([tmp_path / "gone.parquet"], Faults()))
+        list(read_rows([DataFile(tmp_path / "gone.parquet", "gone.parquet", "parquet")], Faults()))
 
 
 def test_a_number_beyond_the_parser_is_a_fault_of_its_line(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(f"1\n{BEYOND}\n")
     faults = Faults()
-    assert [row.value for row in read_rows([tmp_path / "d.jsonl"], faults)] == [1]
+    assert values_of(tmp_path / "d.jsonl", faults) == [1]
     (fault,) = faults.found
     assert re.search(r"d\.jsonl, line 2: not JSON .*Exceeds the limit .* 5000 digits$", fault)
 
@@ -233,7 +244,7 @@ def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         ValueError, match=r"d\.parquet needs the package pyarrow: pip install 'osft\[data\]'"
     ):
-        list(read_rows([tmp_path / "d.parquet"], Faults()))
+        values_of(tmp_path / "d.parquet")
 
 
 def test_keys_that_a_row_of_a_table_lacks_are_left_out(tmp_path: Path) -> None:
@@ -250,40 +261,114 @@ def test_keys_that_a_row_of_a_table_lacks_are_left_out(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "hi"}]},
     ]
     write_parquet(tmp_path / "d.parquet", rows)
-    assert [row.value for row in read_rows([tmp_path / "d.parquet"], Faults())] == rows
+    assert values_of(tmp_path / "d.parquet") == rows
 
 
 def test_a_saved_dataset_is_read_by_what_it_lists(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "saved", num_shards=3)
     (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"what a map has left here")
-    files = data_files(tmp_path / "saved")
+    files = find_data_files(tmp_path / "saved").files
     assert [file.name for file in files] == [f"data-0000{n}-of-00003.arrow" for n in range(3)]
     assert [row.value for row in read_rows(files, Faults())] == ROWS
-    files[1].unlink()
+    files[1].path.unlink()
     with pytest.raises(ValueError, match=r"without data-00001-of-00003\.arrow: copy it whole"):
-        data_files(tmp_path / "saved")
+        find_data_files(tmp_path / "saved")
 
 
 def test_a_saved_dataset_with_splits_is_named_down_to_the_split(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "one")
-    assert [row.value for row in read_rows(data_files(tmp_path / "one"), Faults())] == ROWS
+    assert values_of(tmp_path / "one") == ROWS
     datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "two")
     with pytest.raises(
         ValueError, match=r"several splits: give one of them: .*two/train, .*two/test"
     ):
-        data_files(tmp_path / "two")
-    assert len(data_files(tmp_path / "two" / "test")) == 1
+        find_data_files(tmp_path / "two")
+    assert len(find_data_files(tmp_path / "two" / "test").files) == 1
 
 
-def test_a_folder_gives_its_files_of_one_kind_in_order(tmp_path: Path) -> None:
-    for name in ("b.parquet", "a.parquet", "notes.txt", ".hidden.parquet"):
-        write_parquet(tmp_path / name, ROWS[:1])
-    assert [file.name for file in data_files(tmp_path)] == ["a.parquet", "b.parquet"]
-    write_jsonl(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"holds \*\.jsonl and \*\.parquet.*leave one kind"):
-        data_files(tmp_path)
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: arrow.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+@pytest.mark.parametrize(("name", "write"), [("d.jsonl", write_jsonl), ("d.json", write_json)])
+def test_compressed_files_give_the_same_rows_or_an_error(
+    tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], suffix: str
+) -> None:
+    """A file that was cut off, or is damaged, never ends as a shorter one."""
+    write(tmp_path / name, ROWS)
+    content = COMPRESSED[suffix]((tmp_path / name).read_bytes())
+    path = tmp_path / f"{name}{suffix.upper()}"
+    path.write_bytes(content)
+    assert values_of(path) == ROWS
+    for damaged in (content[:-9], content[: len(content) // 2], content[:4]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be decompressed: .*again"):
+            values_of(path)
+
+
+def test_without_pyarrow_zstandard_names_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.jsonl.zst").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"d\.jsonl\.zst needs the package pyarrow: .*gzip"):
+        values_of(tmp_path / "d.jsonl.zst")
+
+
+TEXT = datasets.Value("string")
+MESSAGE = {"role": TEXT, "content": TEXT}
+FORMS: dict[str, Any] = {
+    "list": datasets.List(MESSAGE),
+    "large list": datasets.LargeList(MESSAGE),
+    "object of lists": {"role": datasets.List(TEXT), "content": datasets.List(TEXT)},
+    "list of JSON": datasets.List(datasets.Json()),
+    "JSON": datasets.Json(),
+    "text of JSON": TEXT,
+    "classes": datasets.List(
+        {"role": datasets.ClassLabel(names=["system", "user", "assistant"]), "content": TEXT}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stored", ["save_to_disk", "parquet"])
+def test_messages_are_read_from_any_feature_that_holds_them(
+    tmp_path: Path, form: str, stored: str
+) -> None:
+    messages = ROWS[0]["messages"]
+    value = messages
+    if form == "object of lists":
+        value = {key: [message[key] for message in messages] for key in MESSAGE}
+    elif form == "text of JSON":
+        value = json.dumps(messages)
+    features = datasets.Features({"messages": FORMS[form]})
+    data = datasets.Dataset.from_dict({"messages": [value]}, features=features)
+    if stored == "parquet":
+        data.to_parquet(tmp_path / "d.parquet")
+    else:
+        data.save_to_disk(tmp_path / "saved")
+    path = tmp_path / ("d.parquet" if stored == "parquet" else "saved")
+    (row,) = values_of(path)
+    assert conversation(row).messages == messages
+
+
+def test_a_sequence_of_older_datasets_is_a_list_again() -> None:
+    """They kept a list of objects as an object of lists, and said so beside the data."""
+    feature = {"feature": {"a": {"dtype": "int64", "_type": "Value"}}, "_type": "Sequence"}
+    metadata = {b"huggingface": json.dumps({"info": {"features": {"calls": feature}}}).encode()}
+    decode = row_decoder(metadata)
+    assert decode is not None
+    assert decode({"calls": {"a": [1, 2]}, "b": 3}) == {"calls": [{"a": 1}, {"a": 2}], "b": 3}
+    assert decode({"calls": None}) == {"calls": None}
+    for foreign in (None, {}, {b"huggingface": b"{"}, {b"huggingface": b"[]"}):
+        assert row_decoder(foreign) is None
 
 
 @pytest.mark.parametrize(
@@ -299,7 +384,7 @@ def test_reading_holds_a_few_rows_only(
         write(path, [{"text": f"{number} " * 2000} for number in range(count)])
         tracemalloc.start()
         try:
-            assert sum(1 for _ in read_rows([path], Faults())) == count
+            assert sum(1 for _ in read_rows([DataFile.named(path)], Faults())) == count
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

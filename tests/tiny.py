@@ -34,7 +34,7 @@ from osft_trainer.agreement import any_rank, from_first_rank
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
 from osft_trainer.export import base_digest
-from osft_trainer.identity import Claim, claim, data_digest, fingerprint
+from osft_trainer.identity import Claim, claim, contents_of, fingerprint
 from osft_trainer.outcome import Diverged, Preempted, Superseded, TrainResult
 from osft_trainer.parallel import start_world, stop_world
 from osft_trainer.progress import Reporter
@@ -153,9 +153,8 @@ def run(parameters: TrainingParameters, stop: threading.Event | None = None) -> 
     world = start_world("cpu")
 
     def on_first_rank() -> str:
-        prints = fingerprint(
-            parameters, data_digest(parameters.data_path), base_digest(parameters.model_path)
-        )
+        contents = contents_of(parameters, base_digest(parameters.model_path))
+        prints = fingerprint(parameters, contents)
         return json.dumps(asdict(claim(folder, RunParameters(run_id=RUN_ID), prints)))
 
     ours = Claim(**json.loads(from_first_rank(world, on_first_rank)))

@@ -23,6 +23,7 @@ from osft_trainer.attention import use_variable_length
 from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing, keep_free_parts
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
+from osft_trainer.data_files import find_data_files
 from osft_trainer.decomposition import Decompositions
 from osft_trainer.importance import importance_of_run
 from osft_trainer.liger import apply_liger
@@ -112,7 +113,7 @@ def build_model(
             f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
             f"{training.other_parameters} leaves nothing to train: raise one of them"
         )
-    _write_plan(plan, prepared, held_out, steps, folder, world)
+    _write_plan(training, plan, prepared, held_out, steps, folder, world)
     selective = training.selective_activation_checkpointing
     liger_off = apply_liger(hf, training.use_liger, world.device, selective)
     dense_mask = use_variable_length(hf, world.device)
@@ -207,6 +208,7 @@ def _write_retention(
 
 
 def _write_plan(
+    training: TrainingParameters,
     plan: Plan,
     prepared: PreparedData,
     held_out: PreparedData | None,
@@ -226,6 +228,7 @@ def _write_plan(
         document["validation"] = {"digest": held_out.digest, **asdict(held_out.counts)}
 
     def on_first_rank() -> str:
+        document["dataFiles"] = find_data_files(training.data_path).to_json()
         logger.info(
             "%d matrices are targets; of %d numbers %d are trained; %d parameters that are no "
             "target stay frozen, %d are trained",

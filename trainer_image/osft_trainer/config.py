@@ -24,8 +24,9 @@ class TrainingParameters(Parameters):
     model_path: Path
     """Folder of the base model in Hugging Face format (safetensors), or its hub name."""
     data_path: Path
-    """JSONL, JSON or Parquet file, folder of such files, or folder of datasets' save_to_disk. A row
-    is {"messages": [...]}, with "tools" and "unmask" if wanted; isPretraining takes other rows."""
+    """JSONL, JSON or Parquet file, a folder with such files in it and below it, a pattern such as
+    /data/train-*.jsonl.gz, or a folder of datasets' save_to_disk. A row is {"messages": [...]},
+    with "tools" and "unmask" if wanted; isPretraining takes other rows."""
     ckpt_output_dir: Path
     """Folder of the run: checkpoints, metrics and the final model. Shared by all nodes."""
     unfreeze_rank_ratio: float = Field(ge=0, le=1)

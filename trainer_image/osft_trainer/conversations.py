@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from osft_trainer.features import objects_of_lists
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates know."""
 
@@ -46,6 +48,9 @@ def conversation(row: Any) -> Conversation:
     if not isinstance(unmask, bool):
         raise ValueError(f"'unmask' must be true or false, is {kind_of(unmask)}")
     messages = _parsed(row["messages"], "messages")
+    if isinstance(messages, dict):
+        # Some writers of columns keep a list of objects as an object of lists.
+        messages = objects_of_lists(messages) or messages
     if not isinstance(messages, list):
         raise ValueError(f"'messages' must be a list, is {kind_of(messages)}")
     if not messages:

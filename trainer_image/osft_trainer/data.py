@@ -19,13 +19,15 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from osft_trainer.config import TrainingParameters
+from osft_trainer.data_files import find_data_files
 from osft_trainer.durable import is_full, sync, told
 from osft_trainer.faults import Faults, OnBadSample
+from osft_trainer.file_kinds import DataFile
 from osft_trainer.leftovers import WRITING, remove_leftovers, written_folder
 from osft_trainer.masking import MaskedTokens
 from osft_trainer.prepared import DataCounts, PreparedData, PreparedWriter, open_prepared
 from osft_trainer.samples import Chat, Documents, Form, Placed, Processed
-from osft_trainer.sources import data_files, read_rows
+from osft_trainer.sources import read_rows
 
 __all__ = ["DataCounts", "Overlong", "PreparedData", "form_of", "open_prepared", "prepare"]
 
@@ -66,7 +68,10 @@ def prepare(
     Raises:
         ValueError: the data, the path or the tokenizer cannot be used; names file, line, reason.
     """
-    files = data_files(data_path)
+    found = find_data_files(data_path)
+    for line in found.to_lines():
+        logger.info("%s: %s", data_path, line)
+    files = found.files
     digest = _digest(
         files,
         tokenizer,
@@ -122,21 +127,21 @@ def _described(form: Form) -> list[Any]:
 
 
 def _digest(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+    files: Sequence[DataFile], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> str:
     """Name of the folder: everything that decides its content, and nothing else (no file names)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     deciding = {
         **options,
         "format": FORMAT_VERSION,
-        "kinds": [file.suffix for file in files],
+        "kinds": [file.path.suffix for file in files],
         "tokenizer": backend.to_str() if backend is not None else repr(tokenizer),
         "chat_template": tokenizer.chat_template,
         "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
     }
     hasher = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for file in files:
-        with file.open("rb") as stream:
+        with file.path.open("rb") as stream:
             hasher.update(hashlib.file_digest(stream, "sha256").digest())
     return hasher.hexdigest()[:32]
 

@@ -21,6 +21,8 @@ from pydantic import Field
 
 from osft_trainer import previous_runs
 from osft_trainer.config import RunParameters, TrainingParameters
+from osft_trainer.data_files import find_data_files
+from osft_trainer.model_digest import code_digest, tokenizer_digest
 from osft_trainer.outcome import Superseded
 from osft_trainer.report import (
     MAX_DOCUMENT_BYTES,
@@ -30,7 +32,6 @@ from osft_trainer.report import (
     read_document,
     write_atomically,
 )
-from osft_trainer.sources import data_files
 
 NOT_IN_FINGERPRINT = frozenset(
     {
@@ -78,7 +79,7 @@ class Fingerprint:
     """What makes two runs the same training."""
 
     parts: Mapping[str, Any]
-    """`data`, `model`: digests of their content; further names: parameters that are not default."""
+    """Digests by the names of `CONTENTS`; further names: parameters that are not default."""
 
     @property
     def digest(self) -> str:
@@ -108,23 +109,54 @@ class OwnerRecord(Owner):
     parts: dict[str, Any] = Field(default_factory=dict)
 
 
-def data_digest(data_path: str | Path) -> str:
+def data_digest(data_path: str | Path, parameter: str = "data_path") -> str:
     """sha256 of the training files' content, in the order of their names; names do not count.
+
+    Args:
+        data_path: file, folder or pattern.
+        parameter: that names it, for errors.
 
     Raises:
         ValueError: there is no such file.
     """
     digest = hashlib.sha256()
-    for path in data_files(data_path):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    try:
+        files = find_data_files(data_path).files
+    except ValueError as error:
+        raise ValueError(str(error).replace("data_path", parameter, 1)) from error
+    for file in files:
+        with file.path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def fingerprint(
-    training: TrainingParameters, data: str, model: str, retention: str | None = None
-) -> Fingerprint:
-    """The identity of a training: both contents, and every parameter that is not default.
+def contents_of(training: TrainingParameters, model: str) -> dict[str, str]:
+    """Digests of the files that decide what is trained; those that change nothing are left out.
+
+    Args:
+        training: its paths are of this machine, and the model is a folder.
+        model: `export.base_digest` of the model folder.
+
+    Raises:
+        ValueError: there are no such files.
+    """
+    folder = Path(training.model_path)
+    contents = {
+        "data": data_digest(training.data_path),
+        "model": model,
+        "tokenizer": tokenizer_digest(folder),
+    }
+    if training.trust_remote_code:
+        contents["code"] = code_digest(folder)
+    # Text that is only measured on changes nothing.
+    if training.retention_data_path is not None and training.text_decides:
+        path = training.retention_data_path
+        contents["retention"] = data_digest(path, "retention_data_path")
+    return contents
+
+
+def fingerprint(training: TrainingParameters, contents: Mapping[str, str]) -> Fingerprint:
+    """The identity of a training: all contents, and every parameter that is not default.
 
     Defaults are left out so that a parameter added later does not make old runs foreign.
     """
@@ -135,20 +167,19 @@ def fingerprint(
         # The text is only measured on.
         given.pop("retention_tokens", None)
     counted = {name: given[name] for name in sorted(given) if name not in NOT_IN_FINGERPRINT}
-    contents = {"data": data, "model": model}
-    if retention is not None:
-        contents["retention"] = retention
     return Fingerprint({**contents, **counted})
 
 
 def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
     """Take the folder for this run, or say why not.
 
-    The same run id always goes on from the newest complete state. Another run's results are
-    treated as `on_existing_run` says. A later claim takes the folder from an earlier one.
+    The same run id goes on from the newest complete state, unless the files that it learns from
+    have changed. Another run's results are treated as `on_existing_run` says. A later claim takes
+    the folder from an earlier one.
 
     Raises:
-        ValueError: the folder holds another run; names what differs and the ways out.
+        ValueError: the folder holds another run, or this one's files have changed; names what
+            differs and the ways out.
         Superseded: a newer attempt of this run owns the folder.
     """
     previous_runs.finish_setting_aside(folder)
@@ -160,6 +191,7 @@ def claim(folder: RunFolder, run: RunParameters, prints: Fingerprint) -> Claim:
                 f"{folder.root}: attempt {owner.attempt} of this run owns the folder, "
                 f"this is attempt {run.attempt}"
             )
+        _check_same_files(folder, owner, prints)
     elif owner is not None or previous_runs.has_results(folder):
         _settle_other_run(folder, owner, run, prints)
     # Whoever got here may try again: an older verdict is about arguments that have changed.
@@ -237,7 +269,7 @@ def _settle_other_run(
         previous_runs.set_aside(folder)
         return
     if run.on_existing_run == "resume" and owner is not None:
-        if owner.fingerprint == prints.digest:
+        if _is_same_training(owner, prints):
             return
         if _failed_for_good_without_results(folder, owner):
             previous_runs.set_aside(folder)
@@ -254,8 +286,49 @@ def _settle_other_run(
     raise ValueError("\n".join(lines))
 
 
-_CONTENTS = {"data": "data_path", "model": "model_path", "retention": "retention_data_path"}
-"""Parts of a fingerprint that are digests, with the parameter that names what is digested."""
+def _check_same_files(folder: RunFolder, owner: OwnerRecord, prints: Fingerprint) -> None:
+    """A run that goes on must read what it read before: its position counts samples of these files.
+
+    Raises:
+        ValueError: they have changed; names which.
+    """
+    if _state(folder) != "resume":
+        return
+    changed = [
+        CONTENTS[name]
+        for name in CONTENTS
+        if {name} <= owner.parts.keys() & prints.parts.keys()
+        and owner.parts[name] != prints.parts[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"ckpt_output_dir: {folder.root} holds a run that has begun with other files: "
+            f"{'; '.join(f'{what} has changed since' for what in changed)}. Put the former files "
+            "back to go on, or start a new run with on_existing_run restart, which moves what is "
+            "there to previous-<n>/"
+        )
+
+
+def _is_same_training(owner: OwnerRecord, prints: Fingerprint) -> bool:
+    """Whether the fingerprints are equal, but for files that an earlier version did not digest."""
+    if owner.fingerprint == prints.digest:
+        return True
+    missing = _DIGESTED_LATER - owner.parts.keys()
+    here = {name: value for name, value in prints.parts.items() if name not in missing}
+    return bool(missing) and Fingerprint(here).digest == owner.fingerprint
+
+
+CONTENTS = {
+    "data": "the content of data_path",
+    "model": "the content of model_path",
+    "tokenizer": "the tokenizer, chat template or end tokens of model_path",
+    "code": "the Python code of model_path",
+    "retention": "the content of retention_data_path",
+}
+"""Parts of a fingerprint that are digests of files, with what they are of."""
+
+_DIGESTED_LATER = frozenset({"tokenizer", "code"})
+"""Of these, what a run that began with an earlier version has no digest of."""
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -265,8 +338,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         old, new = (_shown(parts, name) for parts in (there, here))
         if old == new:
             continue
-        if name in _CONTENTS:
-            lines.append(f"{name}: the content of {_CONTENTS[name]} differs")
+        if name in CONTENTS:
+            lines.append(f"{name}: {CONTENTS[name]} differs")
         else:
             lines.append(f"{name}: {old} there, {new} here")
     return lines or ["its fingerprint (recorded by another version of the trainer)"]

@@ -4,22 +4,23 @@ Called by `sources`. An array is read piece by piece: only one of its elements i
 hold a file in memory, or judge what a row means (`samples` does).
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from osft_trainer.faults import Faults
+from osft_trainer.file_kinds import DataFile
 
 _CHUNK_CHARACTERS = 1 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
-def of_lines(file: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+def of_lines(file: DataFile, faults: Faults) -> Iterator[tuple[str, Any]]:
     """JSON Lines. Blank lines pass."""
-    with file.open("rb") as lines:
+    with file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # some editors write this mark
@@ -54,14 +55,14 @@ def _beyond(error: RecursionError | ValueError) -> str:
     return str(error).partition(";")[0]
 
 
-def of_json(file: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+def of_json(file: DataFile, faults: Faults) -> Iterator[tuple[str, Any]]:
     """A JSON array of rows, or JSON Lines under the same name, as some tools write them."""
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+    with io.TextIOWrapper(file.open(), "utf-8-sig", errors="replace", newline="") as text:
         first = next((part.lstrip()[:1] for part in _chunks(text) if part.strip()), "")
     if first != "[":
         yield from of_lines(file, faults)
         return
-    with file.open(encoding="utf-8-sig", newline="") as text:
+    with io.TextIOWrapper(file.open(), "utf-8-sig", newline="") as text:
         array, number = _Array(text), 0
         try:
             for number, value in enumerate(array, start=1):

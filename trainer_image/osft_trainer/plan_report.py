@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from osft_trainer.data_files import DataFiles
 from osft_trainer.memory import Memory
 from osft_trainer.prepared import DataCounts
 from osft_trainer.targets import Plan, Target
@@ -38,6 +39,8 @@ class Report:
     passes_per_step: int
     """Forward passes of a rank in one optimizer step, the most of the steps looked at."""
     counts: DataCounts
+    files: DataFiles
+    """Which files the data are read from, and which are passed over."""
     adaptive: bool
     """The run will shift ranks between blocks; here every block has the mean."""
 
@@ -65,6 +68,7 @@ class Report:
             "steps_per_epoch": self.steps_per_epoch,
             "passes_per_step": self.passes_per_step,
             "data": asdict(self.counts),
+            "dataFiles": self.files.to_json(),
             "adaptive": self.adaptive,
         }
         return json.dumps(document, indent=1)
@@ -177,6 +181,7 @@ class Report:
         counts = self.counts
         steps = "without end" if self.steps is None else f"{self.steps:,}"
         yield f"optimizer steps: {steps} ({self.steps_per_epoch:,} an epoch)"
+        yield from self.files.to_lines()
         yield (
             f"samples: {counts.samples:,} of {counts.rows:,} rows, "
             f"{counts.tokens:,} tokens, {counts.loss_tokens:,} of them with loss"

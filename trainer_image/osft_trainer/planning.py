@@ -17,6 +17,7 @@ from osft_trainer.assembly import check_data, compute_dtype, plan_of, prepare_da
 from osft_trainer.base_model import local_folder
 from osft_trainer.bases import singular_values
 from osft_trainer.config import TrainingParameters
+from osft_trainer.data_files import find_data_files
 from osft_trainer.memory import converted, empty_model, memory_of
 from osft_trainer.model import load_model
 from osft_trainer.model_limits import check_own_text
@@ -93,6 +94,7 @@ def make_report(
         steps_per_epoch=batches_per_epoch(len(prepared), training.effective_batch_size),
         passes_per_step=passes,
         counts=prepared.counts,
+        files=find_data_files(training.data_path),
         adaptive=training.rank_allocation == "adaptive",
     )
 

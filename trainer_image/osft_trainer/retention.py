@@ -18,6 +18,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.data import CHAT, form_of, open_prepared, prepare
 from osft_trainer.durable import write_file
 from osft_trainer.model import load_tokenizer
+from osft_trainer.model_digest import tokenizer_digest
 from osft_trainer.model_limits import check_fits, check_own_text
 from osft_trainer.order import epoch_order
 from osft_trainer.packing import collate
@@ -174,10 +176,13 @@ def _sampled(
     column = training.document_column_name or "text"
     if training.is_pretraining:
         drawn.append(column)
-    key = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
-    path = folder.cache / "retention" / f"sampled-{key}.jsonl"
+    path = _sampled_file(folder, [*drawn, tokenizer_digest(Path(training.model_path))])
     if path.is_file():
         return path
+    earlier = _sampled_file(folder, drawn)
+    # Versions before left the tokenizer out; a run that goes on has the tokenizer of its start.
+    if earlier.is_file() and folder.complete_checkpoints():
+        return earlier
     if hf is None:
         raise ValueError(f"what the model wrote for the run is gone: {path} is needed")
     logger.info("no retention_data_path: the model writes %d tokens", tokens)
@@ -194,6 +199,11 @@ def _sampled(
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_file(path, "".join(lines))
     return path
+
+
+def _sampled_file(folder: RunFolder, drawn: list[Any]) -> Path:
+    key = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+    return folder.cache / "retention" / f"sampled-{key}.jsonl"
 
 
 __all__ = ["LEAST_SAMPLES", "RetentionText", "parts", "prepare_retention", "replay_of", "rows"]

@@ -8,10 +8,11 @@ what a row means (`samples` does).
 import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from osft_trainer.faults import Faults
+from osft_trainer.features import row_decoder
+from osft_trainer.file_kinds import DataFile
 
 ROWS_AT_ONCE = 64
 """Rows that are Python objects at the same time."""
@@ -20,20 +21,20 @@ _MARKER = b"\xff\xff\xff\xff"
 """Begins every message of Arrow's stream form."""
 
 
-def of_parquet(file: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+def of_parquet(file: DataFile, faults: Faults) -> Iterator[tuple[str, Any]]:
     """The rows of a Parquet file."""
     parquet = _pyarrow(file, "pyarrow.parquet")
-    with _readable(file), parquet.ParquetFile(file, buffer_size=1 << 20) as table:
+    with _readable(file), parquet.ParquetFile(file.path, buffer_size=1 << 20) as table:
         batches = table.iter_batches(batch_size=ROWS_AT_ONCE)
         yield from _rows_of_batches(file, batches, faults)
 
 
-def of_arrow(file: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+def of_arrow(file: DataFile, faults: Faults) -> Iterator[tuple[str, Any]]:
     """Arrow's stream form, as `save_to_disk` writes it, or its file form."""
     arrow = _pyarrow(file, "pyarrow")
     ipc = _pyarrow(file, "pyarrow.ipc")
     # Not a memory map: its pages would count as this process's memory.
-    with _readable(file), arrow.OSFile(str(file)) as source:
+    with _readable(file), arrow.OSFile(str(file.path)) as source:
         if source.read(6) == b"ARROW1":
             table = ipc.open_file(source)
             batches: Iterator[Any] = (
@@ -68,17 +69,25 @@ def _has_stream_end(source: Any) -> bool:
 
 
 def _rows_of_batches(
-    file: Path, batches: Iterator[Any], faults: Faults
+    file: DataFile, batches: Iterator[Any], faults: Faults
 ) -> Iterator[tuple[str, Any]]:
     number = 0
     for batch in batches:
         # Damaged offsets and texts would end the process, or come as errors that name no file.
         batch.validate(full=True)
+        decode = row_decoder(batch.schema.metadata)
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for value in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                 number += 1
                 faults.rows += 1
-                yield f"{file.name}, row {number}", _without_nulls(value)
+                place = f"{file.name}, row {number}"
+                if decode is not None:
+                    try:
+                        value = decode(value)
+                    except (ValueError, RecursionError) as error:
+                        faults.bad(place, f"a column of JSON holds none: {error}")
+                        continue
+                yield place, _without_nulls(value)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -96,7 +105,7 @@ def _is_flat(values: list[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def _readable(file: DataFile) -> Iterator[None]:
     """Turn pyarrow's refusals into ours.
 
     Raises:
@@ -118,7 +127,7 @@ def _readable(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _pyarrow(file: Path, name: str) -> Any:
+def _pyarrow(file: DataFile, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -27,7 +27,7 @@ from osft_trainer.export import base_digest
 from osft_trainer.identity import (
     Claim,
     claim,
-    data_digest,
+    contents_of,
     fingerprint,
     standing_verdict,
     write_verdict,
@@ -133,11 +133,7 @@ def _claim(arguments: TrainerArguments, folder: RunFolder) -> str:
     if verdict is not None:
         return json.dumps({"verdict": verdict.model_dump()})
     training = arguments.training
-    model = base_digest(training.model_path)
-    # Text that is only measured on changes nothing.
-    decides = training.retention_data_path is not None and training.text_decides
-    retention = data_digest(str(training.retention_data_path)) if decides else None
-    prints = fingerprint(training, data_digest(training.data_path), model, retention)
+    prints = fingerprint(training, contents_of(training, base_digest(training.model_path)))
     return json.dumps(asdict(claim(folder, arguments.run, prints)))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from osft_operator.names import CONTAINER
 from osft_operator.observed import Object, find_condition, is_deleting, time_of
 from osft_operator.status_model import FailureStatus
-from osft_trainer.report import ExitCode, Progress, Termination
+from osft_trainer.report import VERSION_SKEW, ExitCode, Progress, Termination
 
 MAX_MESSAGE = 2048
 SAME_ROUND = datetime.timedelta(seconds=120)
@@ -32,6 +32,8 @@ CURES = {
     "OOMKilled": "the container used more memory than its limit (/dev/shm counts); raise "
     "spec.resources.limits.memory, or lower spec.training.maxTokensPerGpu",
     "Evicted": "the node took the pod's place away",
+    VERSION_SKEW: "the trainer image is of another version than the operator and does not take "
+    "what it wrote; use the image of the operator's version, or leave that parameter out",
     "NCCLTimeout": "a rank waited in vain for the others: one hung or died, or the network between "
     "the nodes is broken; look for the first error in the logs of all pods",
 }
@@ -40,6 +42,8 @@ _NCCL = re.compile(
     r"(?i)watchdog caught collective operation time ?out|nccl[^\n]{0,200}timed? ?out"
     r"|some nccl operations have failed"
 )
+_UNKNOWN_FLAG = re.compile(r"\Aunknown parameter '--")
+"""How an image that is older than the reason VersionSkew refuses a flag it does not know."""
 ABORTED = "was ended by SIGABRT"
 """The launcher's words on a rank that ended itself."""
 ABORT_HINT = "NCCL ends a rank so when a collective times out; its log says more"
@@ -59,7 +63,8 @@ class Ended:
     @property
     def is_final(self) -> bool:
         """Whether a retry cannot help: bad input, or divergence."""
-        return self.container == CONTAINER and self.exit_code in _FINAL_CODES
+        ours = self.container == CONTAINER and self.reason != VERSION_SKEW
+        return ours and self.exit_code in _FINAL_CODES
 
     def to_status(self) -> dict[str, Any]:
         """As it stands in status.failure."""
@@ -237,6 +242,9 @@ def _of_container(pod: Object, container: str, terminated: Object) -> Ended:
     kubelets = word(terminated.get("reason"), "Error")
     if words is not None and kubelets != "OOMKilled":
         reason, message = word(words.reason, kubelets), clean(words.message)
+        if reason == "BadInput" and _UNKNOWN_FLAG.match(message):
+            # the operator wrote the flag, not the job's author
+            reason = VERSION_SKEW
     else:
         reason, message = kubelets, clean(words.message if words else raw)
     if _NCCL.search(f"{reason} {message}") and terminated.get("exitCode") not in _FINAL_CODES:

@@ -14,7 +14,7 @@ from osft_operator.resolved import Resolved
 from osft_operator.spec import OSFTJob
 from osft_operator.spec_pod import SecretKey
 from osft_operator.volumes import cache_variables, volume_mounts, volumes
-from osft_trainer.arguments import TrainerArguments
+from osft_trainer.arguments import DEFAULTS_ENV, TrainerArguments
 from osft_trainer.config import LaunchParameters, RunParameters
 from osft_trainer.report import METRICS_PORT, POD_IP_ENV, TERMINATION_LOG_ENV
 
@@ -103,13 +103,14 @@ def _security(resolved: Resolved) -> Object:
 
 def _container(job: OSFTJob, resolved: Resolved, attempt: int, rank: list[Object]) -> Object:
     spec = job.spec
+    args, defaults = arguments(job, resolved, attempt)
     container: Object = {
         "name": names.CONTAINER,
         "image": resolved.image,
         "imagePullPolicy": resolved.image_pull_policy,
         "command": ["python", "-m", "osft_trainer.launch"],
-        "args": arguments(job, attempt),
-        "env": _environment(job, resolved, rank),
+        "args": args,
+        "env": _environment(job, resolved, rank, defaults),
         "ports": [
             {"name": names.RENDEZVOUS_PORT_NAME, "containerPort": spec.rendezvous.port},
             {"name": names.METRICS_PORT_NAME, "containerPort": METRICS_PORT},
@@ -126,15 +127,18 @@ def _container(job: OSFTJob, resolved: Resolved, attempt: int, rank: list[Object
     return container
 
 
-def arguments(job: OSFTJob, attempt: int) -> list[str]:
-    """The trainer's arguments: every parameter, with its default when the job says nothing."""
+def arguments(job: OSFTJob, resolved: Resolved, attempt: int) -> tuple[list[str], str]:
+    """The trainer's arguments, and the parameters that are at their default (DEFAULTS_ENV)."""
     run = RunParameters(
         run_id=job.metadata.uid or None,
         attempt=attempt,
         on_existing_run=job.spec.on_existing_run,
     )
     launch = LaunchParameters(metrics_port=METRICS_PORT)
-    return [_literal(text) for text in TrainerArguments(job.spec.training, run, launch).to_argv()]
+    # where the first attempt wrote, whatever the default is by now
+    training = job.spec.training.model_copy(update={"ckpt_output_dir": resolved.checkpoint_dir})
+    argv, defaults = TrainerArguments(training, run, launch).for_any_version()
+    return [_literal(text) for text in argv], _literal(defaults)
 
 
 def _literal(argument: str) -> str:
@@ -142,7 +146,9 @@ def _literal(argument: str) -> str:
     return argument.replace("$", "$$") if "$(" in argument or "$$" in argument else argument
 
 
-def _environment(job: OSFTJob, resolved: Resolved, rank: list[Object]) -> list[Object]:
+def _environment(
+    job: OSFTJob, resolved: Resolved, rank: list[Object], at_default: str
+) -> list[Object]:
     """Defaults that the user may replace, the user's variables, then the operator's."""
     spec = job.spec
     defaults = {**OWN_CODE_ONLY, **cache_variables(spec)}
@@ -159,6 +165,7 @@ def _environment(job: OSFTJob, resolved: Resolved, rank: list[Object]) -> list[O
         *merged.values(),
         {"name": POD_IP_ENV, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
         _variable(TERMINATION_LOG_ENV, names.TERMINATION_PATH),
+        _variable(DEFAULTS_ENV, at_default),
         # else torchrun kills its processes 30 s after SIGTERM, in the middle of a save
         _variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(shutdown)),
         *rank,

@@ -1,16 +1,18 @@
 """CONTRACT: the parameters as command line arguments and back, and refusals in words.
 
-Called by the operator's render (to_argv) and by the launcher and each rank (from_argv). What
-to_argv writes, from_argv reads back equal. Must never import torch, transformers, kopf or
-kubernetes.
+Called by the operator's render (for_any_version) and by the launcher and each rank (from_argv).
+What is written here is read back equal. Operator and trainer image may be of different versions, so
+what is at its default goes another way, on which a parameter that the image does not know is no
+error. Must never import torch, transformers, kopf or kubernetes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,6 +25,15 @@ from osft_trainer.config import (
     TrainingParameters,
 )
 from osft_trainer.parameters import unknown_name
+
+DEFAULTS_ENV = "OSFT_DEFAULTS"
+"""Environment variable with the parameters that are at their default: one JSON object by name.
+
+An image that does not know the variable, or a name in it, goes on with its own defaults: that of a
+parameter which is added later must mean what was done before there was one.
+"""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,33 @@ class TrainerArguments:
             for argument in to_argv(part)
         ]
 
+    def for_any_version(self) -> tuple[list[str], str]:
+        """The same for an image of another version.
+
+        Returns:
+            Arguments for what is not at its default, and the value of DEFAULTS_ENV for the rest.
+        """
+        argv: list[str] = []
+        defaults: dict[str, Any] = {}
+        for part in (self.training, self.run, self.launch):
+            given = part.model_dump(mode="python", exclude_defaults=True)
+            argv += _flags(given)
+            defaults |= {
+                name: value
+                for name, value in part.model_dump(mode="json").items()
+                if name not in given and value is not None and value != {}
+            }
+        return argv, json.dumps(defaults)
+
 
 def to_argv(parameters: BaseModel) -> list[str]:
     """Write each field that is not None as `--name=value`; lists repeat the flag."""
+    return _flags(parameters.model_dump(mode="python"))
+
+
+def _flags(values_by_name: Mapping[str, Any]) -> list[str]:
     argv = []
-    for name, value in parameters.model_dump(mode="python").items():
+    for name, value in values_by_name.items():
         values = value if isinstance(value, list) else [value]
         flag = "--" + name.replace("_", "-")
         argv += [f"{flag}={_text(item)}" for item in values if item is not None and item != {}]
@@ -60,14 +93,22 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def from_argv(argv: Sequence[str], *, program: str = "osft-train") -> TrainerArguments:
+def from_argv(
+    argv: Sequence[str], *, defaults: str = "", program: str = "osft-train"
+) -> TrainerArguments:
     """Read what to_argv writes. A wrong argument ends the process with exit code 2 and its name.
+
+    Args:
+        argv: the arguments.
+        defaults: the value of DEFAULTS_ENV; an argument wins over it.
+        program: its name in refusals.
 
     Raises:
         ValueError: one line per problem, each with parameter, value, rule and cure.
     """
     parser = _parser(program)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != []}
+    given = {**_known(defaults), **given}
     parts: list[BaseModel] = []
     problems: list[str] = []
     for model in (TrainingParameters, RunParameters, LaunchParameters):
@@ -83,6 +124,24 @@ def from_argv(argv: Sequence[str], *, program: str = "osft-train") -> TrainerArg
     assert isinstance(run, RunParameters)
     assert isinstance(launch, LaunchParameters)
     return TrainerArguments(training, run, launch)
+
+
+def _known(defaults: str) -> dict[str, Any]:
+    """What this version knows of the parameters at their default; the rest is named in the log."""
+    try:
+        found = json.loads(defaults) if defaults else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{DEFAULTS_ENV}: no JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{DEFAULTS_ENV}: no JSON object (got {defaults!r})")
+    models = (TrainingParameters, RunParameters, LaunchParameters)
+    known = {name for model in models for name in model.model_fields}
+    if unknown := sorted(found.keys() - known):
+        logger.warning(
+            "not known to this version of the trainer, at its default and so passed over: %s",
+            ", ".join(f"{name} ({found[name]!r})" for name in unknown),
+        )
+    return {name: value for name, value in found.items() if name in known}
 
 
 def explain(error: ValidationError, prefix: str = "", camel: bool = False) -> list[str]:

@@ -3,7 +3,10 @@
 The fields below are the keyword arguments of `osft()`, the arguments of the trainer's container,
 `osft-train --help`, the schema of `spec.training` in the OSFTJob CRD, and the table in the
 README. Called by the operator (spec, crd, render), by the launcher and by the Python API. After a
-change run `make generate`. Must never import torch, transformers, kopf or kubernetes.
+change run `make generate`. Operator, trainer image and definition may be one minor version apart:
+the default of a parameter that is added means what was done before there was one, and a choice that
+is added becomes the default one version later. Must never import torch, transformers, kopf or
+kubernetes.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ from osft_trainer.outcome import (
     Preempted,
     Superseded,
     TrainResult,
+    VersionSkew,
 )
 from osft_trainer.report import (
+    VERSION_SKEW,
     Document,
     ExitCode,
     Progress,
@@ -129,6 +131,8 @@ def of_code(code: ExitCode, reason: str, message: str, rank: int = -1) -> LastWo
 def _classify(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, NoLossTokens):
         return ExitCode.BAD_INPUT, "NoLossTokens"
+    if isinstance(error, VersionSkew):
+        return ExitCode.TRY_AGAIN, VERSION_SKEW
     if isinstance(error, ValueError):
         return ExitCode.BAD_INPUT, "BadInput"
     if isinstance(error, Diverged):

@@ -20,11 +20,12 @@ from types import FrameType
 from typing import NoReturn
 
 from osft_trainer import last_words
-from osft_trainer.arguments import TrainerArguments, from_argv
+from osft_trainer.arguments import DEFAULTS_ENV, TrainerArguments, from_argv
 from osft_trainer.identity import is_finished, standing_verdict
 from osft_trainer.last_words import REPORTS_ENV, LastWords
 from osft_trainer.lifeline import end_with_parent
-from osft_trainer.report import TERMINATION_LOG_ENV, ExitCode, RunFolder
+from osft_trainer.outcome import VersionSkew
+from osft_trainer.report import POD_IP_ENV, TERMINATION_LOG_ENV, ExitCode, RunFolder
 from osft_trainer.topology import PATIENCE_ENV, Topology, resolve, usable_cpus
 
 RANK_PROGRAM = (sys.executable, "-u", "-m", "osft_trainer")
@@ -121,11 +122,27 @@ def _found_in_folder(arguments: TrainerArguments) -> LastWords | None:
 
 
 def _parse(argv: Sequence[str]) -> TrainerArguments:
+    """Read the arguments.
+
+    Raises:
+        VersionSkew: in a pod that an operator made. It checked them against all that its own
+            version knows, so what is refused here is a difference of versions.
+        ValueError: everywhere else.
+    """
+    try:
+        return _read(argv)
+    except ValueError as error:
+        if POD_IP_ENV not in os.environ:
+            raise
+        raise VersionSkew(f"{error}; these arguments were written by an operator") from error
+
+
+def _read(argv: Sequence[str]) -> TrainerArguments:
     """Read the arguments; argparse's refusal becomes a ValueError like all others."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return from_argv(argv)
+            return from_argv(argv, defaults=os.environ.get(DEFAULTS_ENV, ""))
     except SystemExit as end:
         if end.code == 0:
             raise

@@ -33,6 +33,10 @@ class Superseded(RuntimeError):
     """A newer attempt of the run owns the folder; this one must not write there."""
 
 
+class VersionSkew(ValueError):
+    """An operator of another version wrote arguments that this trainer does not take."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """A run that reached its end."""

@@ -31,6 +31,8 @@ POD_IP_ENV = "OSFT_POD_IP"
 """Environment variable with the address to serve /progress on; absent: loopback only."""
 METRICS_PORT = 28080
 """Port of /progress and /metrics in rendered pods, named `metrics`."""
+VERSION_SKEW = "VersionSkew"
+"""Reason of a trainer that does not take what the operator wrote: no verdict on the input."""
 COMPLETE = "COMPLETE"
 """File, written last, of a folder that counts."""
 
@@ -152,7 +154,7 @@ class Termination(Document):
 
     reason: Annotated[str, Field(max_length=64)]
     """CamelCase word: Done, AlreadyFinished, BadInput, NoLossTokens, Diverged, OutOfMemory,
-    TryAgain, Preempted, Crashed."""
+    TryAgain, Preempted, VersionSkew, Crashed."""
     exit_code: int
     """Exit code of the process."""
     message: Annotated[str, Field(max_length=2048)] = ""

@@ -17,7 +17,16 @@ from osft_operator.metrics import registry
 
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right"}
 WORDS |= {"bool", "offset", "inf", "nan"}
-FUNCTIONS = {"absent", "histogram_quantile", "increase", "label_values", "max", "rate", "sum"}
+FUNCTIONS = {
+    "absent",
+    "histogram_quantile",
+    "increase",
+    "label_values",
+    "max",
+    "min",
+    "rate",
+    "sum",
+}
 FUNCTIONS |= {"time"}
 """Those that the chart uses; another one has to be looked up and added."""
 TARGET = {"namespace", "service", "pod", "job", "instance", "endpoint", "container"}

@@ -13,6 +13,7 @@ from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster
 from osft_operator.events import Recorder
 from osft_operator.kinds import EVENTS, OSFTJOBS, Kind
+from osft_operator.places import Places
 from osft_operator.polling import Heard
 from osft_operator.queue import Key
 from osft_operator.reconcile import Reconciler
@@ -47,7 +48,7 @@ class Scene:
         self.told = Told()
         self.now = 1000.0
         self.waits: float | None = None
-        self._resync = Resync(cluster, self.cache, [namespace])
+        self._resync = Resync(cluster, self.cache, Places([namespace]))
         self.reconciler = Reconciler(
             Settings(progress_write_seconds=30),
             cluster,

@@ -77,6 +77,7 @@ def test_everything_that_is_promised_has_an_alert() -> None:
         "OSFTOperatorQueueOld",
         "OSFTOperatorWatchStale",
         "OSFTOperatorListStale",
+        "OSFTOperatorNamespaceNotServed",
         "OSFTOperatorErrors",
         "OSFTJobStalled",
         "OSFTJobLossNotFinite",

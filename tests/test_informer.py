@@ -48,7 +48,7 @@ class Scene:
             settings, cluster, self.cache, news=self.news.append, resynced=self._listed
         )
 
-    def _listed(self) -> None:
+    def _listed(self, _: bool) -> None:
         self.lists += 1
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
@@ -131,7 +131,7 @@ def test_what_is_gone_before_the_watches_begin_is_noticed(
     async def whole(cluster: Cluster) -> None:
         made = await cluster.create(CLAIMS, namespace, claim("c", **{JOB_LABEL: "job"}))
         await cluster.patch(CLAIMS, namespace, "c", {"metadata": {"finalizers": None}})
-        informer = Informer(settings, cluster, cache, news=lambda _: None, resynced=lambda: None)
+        informer = Informer(settings, cluster, cache, news=lambda _: None, resynced=lambda _: None)
         await informer.sync()
         assert len(list(cache.all(CLAIMS))) == 1
         await cluster.delete(CLAIMS, namespace, "c", uid=made["metadata"]["uid"])
@@ -149,12 +149,14 @@ def test_what_is_gone_before_the_watches_begin_is_noticed(
 def test_a_bug_in_looking_after_the_watches_is_not_hidden(
     control_plane: ControlPlane, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def check(_: object, places: object) -> None:
+    async def check(_: object, places: object) -> dict[object, object]:
         raise LookupError("a bug")
 
     async def whole(cluster: Cluster) -> None:
         settings = Settings(namespaces=(namespace,), watch_check_seconds=0.1)
-        informer = Informer(settings, cluster, Cache(), news=lambda _: None, resynced=lambda: None)
+        informer = Informer(
+            settings, cluster, Cache(), news=lambda _: None, resynced=lambda _: None
+        )
         await informer.sync()
         with pytest.raises(LookupError, match="a bug"):
             await asyncio.wait_for(informer.run(), 20)

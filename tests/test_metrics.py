@@ -105,31 +105,37 @@ def test_probes_and_metrics_are_served_on_ipv6(address: str) -> None:
 def test_liveness_fails_when_work_stops_though_the_loop_runs() -> None:
     clock = Clock()
     health = probes.Health(Settings(), clock=clock)
-    health.resynced()
-    health.beat(91)
+    health.resynced(True)
+    health.beat(91, 0)
     assert health.problems() == ["OSFTJobs are due, and none was taken up for 91 s"]
-    health.beat(0)
+    health.beat(0, 60)
     assert health.problems() == []
-    health.heard(True)
-    clock.now += 60
-    health.beat(0)
-    health.heard(True)
-    assert health.problems() == []
-    clock.now += 16
-    health.beat(0)
+    health.beat(0, 76)
     assert health.problems() == ["the watches have been behind the API server for 76 s"]
-    health.heard(False)
+    health.beat(0, 0)
     assert health.problems() == []
     clock.now += 1201
-    health.beat(0)
-    assert health.problems() == ["the last resync ended 1277 s ago"]
-    health.resynced()
+    health.beat(0, 0)
+    assert health.problems() == ["the last resync ended 1201 s ago"]
+    health.resynced(False)
     assert health.problems() == []
+
+
+def test_readiness_says_what_is_left_out() -> None:
+    health = probes.Health(Settings())
+    health.ready = True
+    health.remarks = lambda: ["namespace a is not served: pods: no"]
+    port, close = probes.serve(health, "127.0.0.1", 0)
+    try:
+        assert fetch(port, "/readyz") == (200, "ok\nnamespace a is not served: pods: no")
+        assert fetch(port, "/healthz") == (200, "ok")
+    finally:
+        close()
 
 
 def test_a_standby_that_never_syncs_is_healthy() -> None:
     clock = Clock()
     health = probes.Health(Settings(), clock=clock)
     clock.now += 10**6
-    health.beat(0)
+    health.beat(0, 0)
     assert health.problems() == []

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from osft_operator import logs
-from osft_operator.cluster import Cluster, ClusterError
+from osft_operator.cluster import Cluster, ClusterError, looks_for
 from osft_operator.informer import WatchEnded
 from osft_operator.leader import LeaseLost
 from osft_operator.service import Service
@@ -31,7 +31,9 @@ def main() -> int:
         settings = Settings.from_environ(os.environ)
         logs.configure(settings.log_format, settings.log_level)
         cluster = Cluster.connect(
-            timeout_seconds=settings.api_timeout_seconds, threads=settings.workers + OTHER_CALLERS
+            timeout_seconds=settings.api_timeout_seconds,
+            threads=settings.workers + OTHER_CALLERS,
+            looks=looks_for(len(settings.namespaces), settings.watch_check_seconds),
         )
     except ValueError as error:
         print(f"osft-operator: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,15 @@ LEASE_SECONDS = 4.0
 CHANGES_SECONDS = 1
 """How long the server waits for further changes when it is asked for them."""
 LOOKS = 4
-"""Such questions at one time, on threads of their own."""
+"""Such questions at one time, on threads of their own: one for each kind."""
+MOST_LOOKS = 32
+
+
+def looks_for(namespaces: int, check_seconds: float) -> int:
+    """How many looks at one time see every namespace about once in so many seconds."""
+    return min(
+        MOST_LOOKS, max(LOOKS, math.ceil(LOOKS * namespaces * CHANGES_SECONDS / check_seconds))
+    )
 
 
 @dataclass(frozen=True)
@@ -94,23 +103,31 @@ class Cluster:
         *,
         timeout_seconds: float = 30,
         threads: int = 8,
+        looks: int = LOOKS,
     ) -> None:
         # Retries and redirects are ours to decide: the queue waits longer and counts.
         configuration.retries = False
-        configuration.connection_pool_maxsize = threads + LOOKS + 1
+        configuration.connection_pool_maxsize = threads + looks + 1
         self._client = client.ApiClient(configuration)
         self._host = urlsplit(configuration.host).netloc
         self._timeout = timeout_seconds
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cluster")
         # Slow calls, however many, must neither lose the Lease nor be slowed by looks at watches.
         self._lease_thread = ThreadPoolExecutor(1, thread_name_prefix="lease")
-        self._look_threads = ThreadPoolExecutor(LOOKS, thread_name_prefix="look")
+        self._look_threads = ThreadPoolExecutor(looks, thread_name_prefix="look")
         self.before_write: Callable[[], None] = lambda: None
         """Called before each write but a Lease's, in its thread; raises when it may not happen."""
 
     @classmethod
-    def connect(cls, *, timeout_seconds: float = 30, threads: int = 8) -> Cluster:
+    def connect(
+        cls, *, timeout_seconds: float = 30, threads: int = 8, looks: int = LOOKS
+    ) -> Cluster:
         """The cluster of the pod's service account, else of KUBECONFIG.
+
+        Args:
+            timeout_seconds: longest wait for an answer.
+            threads: requests at one time, beside the Lease's and the looks.
+            looks: questions for changes at one time.
 
         Raises:
             ValueError: when there is neither.
@@ -129,7 +146,7 @@ class Cluster:
                     f"no way to a cluster: this is no pod with a service account, and {error}; "
                     "set KUBECONFIG"
                 ) from None
-        return cls(configuration, timeout_seconds=timeout_seconds, threads=threads)
+        return cls(configuration, timeout_seconds=timeout_seconds, threads=threads, looks=looks)
 
     def close(self) -> None:
         """Wait for calls under way and end the threads."""

@@ -3,9 +3,10 @@
 Called by informer. kopf logs in, watches the kinds it is given, and calls a handler per event; the
 handler hands the raw object on and returns. It lists nothing: it asks `begin` from which version to
 watch, for the informer has listed already. kopf runs on a thread with a loop of its own, since at
-its end it cancels every task of its loop. Its other powers stay unused on purpose: no finalizers,
-annotations, events, status, indexes or timers. Must never decide anything, and never touch the
-cache: `seen` is called on the main loop.
+its end it cancels every task of its loop. Three parts of it that are not public are replaced: its
+list, its notes about objects, and that an error of one watch ends all of them. Its other powers
+stay unused on purpose: no finalizers, annotations, events, status, indexes or timers. Must never
+decide anything, and never touch the cache: `seen` is called on the main loop.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import chain, repeat
 from typing import Any
 
 import kopf
-from kopf._cogs.clients import fetching
+from kopf._cogs.clients import errors, fetching, watching
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from osft_operator import names
@@ -35,16 +37,18 @@ STOP_SECONDS = 3.0
 WATCH_SECONDS = 20
 """The server ends each watch after so long and it goes on from where it was: so a connection that
 died without a word is noticed soon, for four requests in that time."""
-ERROR_WAITS = (1, 2, 3, 5, *([8] * 450))
-"""Seconds between tries of a failing watch: an hour, then this process ends. Shorter outages are
-sat out, for a process that ends again and again is started later and later."""
+LONGEST_ERROR_WAIT = 8
+"""Seconds between tries of a watch that fails again and again; at first they are fewer."""
 
 IDLE_SECONDS = 0.2
 """kopf keeps a task and a queue for each object that told something, for so long after."""
 TOLD_AT_ONCE = 100
 """So many events are handed on, then the main loop does other things."""
 
+GONE = 410
+"""The server does not remember the version that a watch asks to go on from."""
 _LOGGER = logging.getLogger("kopf")
+logger = logging.getLogger(__name__)
 
 Seen = Callable[[Kind, str | None, Object], None]
 """Takes the kind, the event's type and the object."""
@@ -55,6 +59,55 @@ for each watch that begins, or that the server can not go on with. Its error end
 
 _watches: contextvars.ContextVar[Watches] = contextvars.ContextVar("watches")
 _kopf_lists = fetching.fetch_objs
+_kopf_watches = watching.watch_objs
+
+
+class _ErrorWaits:
+    """Waits between tries of a failing watch, without an end.
+
+    A place that is refused, or a server that is away, must not end the watches of all others;
+    whether a place is served at all is for informer to find out and to say.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        return chain((1, 2, 3, 5), repeat(LONGEST_ERROR_WAIT))
+
+
+async def _watch_on(*, resource: Any, namespace: Any, **more: Any) -> AsyncIterator[Any]:
+    """In the place of kopf's watch: an error of one place ends that watch only, and it goes on.
+
+    Raises:
+        APINotFoundError: when there is no such kind (any more).
+    """
+    try:
+        async for event in _kopf_watches(resource=resource, namespace=namespace, **more):
+            code = (event["object"] or {}).get("code") if event["type"] == "ERROR" else None
+            if event["type"] == "ERROR" and code != GONE:
+                # Of kopf it would be the end; a new list may do without what could not be told.
+                _watch_failed(resource, namespace, event["object"])
+                await asyncio.sleep(LONGEST_ERROR_WAIT)
+                yield {"type": "ERROR", "object": {**event["object"], "code": GONE}}
+            else:
+                yield event
+    except (errors.APINotFoundError, errors.APIUnauthorizedError):
+        raise
+    except errors.APIError as error:
+        _watch_failed(resource, namespace, error)
+        await asyncio.sleep(LONGEST_ERROR_WAIT)
+
+
+def _watch_failed(resource: Any, namespace: str | None, error: object) -> None:
+    where = f"namespace {namespace}" if namespace else "the cluster"
+    logger.warning("The watch of %s in %s failed: %s", resource.plural, where, error)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Of a request that is tried again and again, the first failure; it is no error of ours."""
+    text = record.getMessage()
+    if "will retry" in text:
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        return "attempt #1 " in text or "attempt #1/" in text
+    return True
 
 
 async def _list_nothing(*, resource: Any, namespace: Any, **more: Any) -> AsyncIterator[Any]:
@@ -105,7 +158,9 @@ class Watches:
         """Begin to watch."""
         # kopf speaks of each event and task at INFO; what ends a watch is an error and stays.
         _LOGGER.setLevel(logging.WARNING)
+        watching.logger.addFilter(_is_worth_a_line)
         fetching.fetch_objs = _list_nothing
+        watching.watch_objs = _watch_on
         self._thread.start()
 
     async def ended(self) -> None:
@@ -207,7 +262,7 @@ def kopf_settings(kinds: Sequence[Kind]) -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 5
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 5
-    settings.networking.error_backoffs = ERROR_WAITS
+    settings.networking.error_backoffs = _ErrorWaits()
     settings.networking.enforce_retry_after = True
     # The process itself ends hard if need be; kopf must not.
     settings.process.ultimate_exiting_timeout = None

@@ -96,6 +96,12 @@ watch_timestamp = Gauge(
     ["kind"],
     registry=registry,
 )
+namespace_served = Gauge(
+    "osft_operator_namespace_served",
+    "1 while a watched namespace (* for all) can be listed and watched, 0 while it is left out.",
+    ["watched_namespace"],
+    registry=registry,
+)
 resync_drift = Counter(
     "osft_operator_resync_drift",
     "OSFTJobs of whose objects only a resync told, and no watch within ten seconds.",

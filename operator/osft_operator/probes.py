@@ -12,7 +12,7 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
 from osft_operator.settings import Settings
@@ -31,27 +31,33 @@ class Health:
         self._clock = clock
         self._beat = clock()
         self._stalled = 0.0
-        self._behind_since: float | None = None
+        self._behind = 0.0
         self._resync: float | None = None
         self.ready = False
         """Whether this replica can do its part: a standby at once, a worker once it has synced."""
+        self.remarks: Callable[[], Sequence[str]] = tuple
+        """What readiness says besides: one line for all that is left out."""
 
-    def beat(self, stalled_seconds: float) -> None:
-        """The event loop runs, and for so long OSFTJobs are due and none is taken up."""
+    def beat(self, stalled_seconds: float, behind_seconds: float) -> None:
+        """The event loop runs.
+
+        Args:
+            stalled_seconds: for so long OSFTJobs are due and none is taken up.
+            behind_seconds: for so long the watches have owed what the API server told otherwise.
+        """
         self._beat = self._clock()
         self._stalled = stalled_seconds
+        self._behind = behind_seconds
 
-    def heard(self, behind: bool) -> None:
-        """Whether the watches still owe something that the API server told otherwise."""
-        if not behind:
-            self._behind_since = None
-        elif self._behind_since is None:
-            self._behind_since = self._clock()
+    def resynced(self, is_whole: bool) -> None:
+        """A resync ended; from the first one on, they must go on.
 
-    def resynced(self) -> None:
-        """A resync ended; from the first one on, they must go on."""
+        Args:
+            is_whole: whether all that is served was read.
+        """
         self._resync = self._clock()
-        metrics.resync_timestamp.set_to_current_time()
+        if is_whole:
+            metrics.resync_timestamp.set_to_current_time()
 
     def problems(self) -> list[str]:
         """Why this process should be restarted; empty when it should not."""
@@ -61,22 +67,22 @@ class Health:
             found.append(f"the event loop stands still for {silent:.0f} s")
         if self._stalled > self._settings.queue_stall_seconds:
             found.append(f"OSFTJobs are due, and none was taken up for {self._stalled:.0f} s")
-        if self._behind_since is not None:
-            behind = now - self._behind_since
-            if behind > self._settings.watch_stall_seconds:
-                found.append(f"the watches have been behind the API server for {behind:.0f} s")
+        if self._behind > self._settings.watch_stall_seconds:
+            found.append(f"the watches have been behind the API server for {self._behind:.0f} s")
         longest = RESYNCS_MISSED * self._settings.resync_seconds
         if self._resync is not None and now - self._resync > longest:
             found.append(f"the last resync ended {now - self._resync:.0f} s ago")
         return found
 
-    async def keep_beating(self, stalled_seconds: Callable[[], float]) -> None:
+    async def keep_beating(
+        self, stalled_seconds: Callable[[], float], behind_seconds: Callable[[], float]
+    ) -> None:
         """Beat until cancelled."""
         while True:
             before = self._clock()
             await asyncio.sleep(BEAT_SECONDS)
             metrics.loop_lag.set(max(0.0, self._clock() - before - BEAT_SECONDS))
-            self.beat(stalled_seconds())
+            self.beat(stalled_seconds(), behind_seconds())
 
 
 class _Server6(http.server.ThreadingHTTPServer):
@@ -96,14 +102,16 @@ def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], No
         timeout = 5
 
         def do_GET(self) -> None:
+            remarks: Sequence[str] = ()
             if self.path == "/healthz":
                 problems = health.problems()
             elif self.path == "/readyz":
                 problems = [] if health.ready else ["the first sync is not done yet"]
+                remarks = health.remarks()
             else:
                 self.send_error(404)
                 return
-            body = ("\n".join(problems) or "ok").encode()
+            body = "\n".join([*(problems or ["ok"]), *remarks]).encode()
             self.send_response(503 if problems else 200)
             self.send_header("Content-Type", "text/plain; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))

@@ -62,6 +62,7 @@ class Reconciler:
         recorder: Recorder,
         *,
         serves: Callable[[Kind], bool],
+        covers: Callable[[str], bool] = lambda _: True,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +72,7 @@ class Reconciler:
         self._poller = poller
         self._recorder = recorder
         self._observer = Observer(settings, cluster, cache, poller, serves)
+        self._covers = covers
         self._now = now
         self._clock = clock
         self._written: dict[Key, float] = {}
@@ -98,6 +100,10 @@ class Reconciler:
         Raises:
             ClusterError: when the API server could not be reached or changed meanwhile.
         """
+        if not self._covers(key.namespace):
+            # Of a job that cannot be seen whole nothing is decided; its namespace's return is news.
+            self._forget(key)
+            return None
         job = self._cache.get(OSFTJOBS, *key)
         if job is None or job["metadata"].get("deletionTimestamp"):
             # What was made for it goes by its ownerReferences.

@@ -14,7 +14,7 @@ import datetime
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from osft_operator import logs, metrics, probes
@@ -23,7 +23,7 @@ from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
 from osft_operator.events import Backlog
 from osft_operator.informer import Informer
 from osft_operator.job_metrics import Survey
-from osft_operator.kinds import OSFTJOBS
+from osft_operator.kinds import OSFTJOBS, Object
 from osft_operator.leader import Leader, LeaseLost
 from osft_operator.polling import Poller
 from osft_operator.queue import Key, WorkQueue
@@ -65,8 +65,8 @@ class Service:
             news=self._queue.add,
             old=self._queue.add_unhurried,
             resynced=self._health.resynced,
-            behind=self._health.heard,
         )
+        self._health.remarks = lambda: self._informer.places.remarks
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: set[asyncio.Task[None]] = set()
         self._started: dict[Key, float] = {}
@@ -91,6 +91,7 @@ class Service:
                 poller,
                 self._events,
                 serves=self._informer.serves,
+                covers=self._informer.places.serves,
             )
             await self._until(stop, self._informer.sync())
             if stop.is_set():
@@ -118,7 +119,11 @@ class Service:
             self.ports["metrics"] = port
             self._measure_passes()
             logger.info("Serving", extra={"ports": dict(self.ports)})
-            self._start(self._health.keep_beating(self._queue.stalled_seconds))
+            self._start(
+                self._health.keep_beating(
+                    self._queue.stalled_seconds, self._informer.behind_seconds
+                )
+            )
             yield
         finally:
             await self._cancel(self._tasks)
@@ -254,12 +259,19 @@ class Service:
         else:
             logger.error("A bug; trying again later", exc_info=error, extra=about)
 
+    def _known_jobs(self) -> Iterator[Object]:
+        """Every OSFTJob that can still be seen."""
+        serves = self._informer.places.serves
+        for job in self._cache.all(OSFTJOBS):
+            if serves(job["metadata"]["namespace"]):
+                yield job
+
     async def _count(self) -> None:
         survey = Survey(per_job=self._settings.metrics_per_job)
         metrics.registry.register(survey)
         try:
             while True:
-                survey.take(self._cache.all(OSFTJOBS), datetime.datetime.now(datetime.UTC))
+                survey.take(self._known_jobs(), datetime.datetime.now(datetime.UTC))
                 metrics.queue_oldest.set(self._queue.oldest_seconds())
                 await asyncio.sleep(COUNT_SECONDS)
         finally:

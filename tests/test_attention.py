@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osft_trainer import attention
+from osft_trainer import attention, layout
 from osft_trainer.attention import sample_lengths, select, use_variable_length
 from osft_trainer.forward import packed_forward, packed_loss
 from tiny_models import FAMILIES, packed_batch, tiny_model
@@ -141,7 +141,7 @@ def test_a_kernel_without_grouped_heads_leaves_the_dense_mask(
 
 
 def test_a_family_that_is_not_packed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PACKED_FAMILIES", frozenset())
+    monkeypatch.setattr(layout, "PACKED_FAMILIES", frozenset())
     reason = use_variable_length(tiny_model("llama"), torch.device("cuda"))
     assert reason == "samples of llama are padded, not packed"
 

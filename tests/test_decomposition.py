@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny
-from osft_trainer import decomposition
+from osft_trainer import basis_files, decomposition
 from osft_trainer.decomposition import Decompositions, prepare, shares_by_cost
 from osft_trainer.model import load_model
 from osft_trainer.parallel import World
@@ -148,7 +148,7 @@ def test_a_full_disk_is_worth_another_try(
     def no_space(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(decomposition, "save_file", no_space)
+    monkeypatch.setattr(basis_files, "save_file", no_space)
     with pytest.raises(OSError, match=r"\d\.safetensors: .*No space left.*add space"):
         prepared(model, plan_of(model), tmp_path)
 

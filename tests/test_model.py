@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from osft_trainer import forward
+from osft_trainer import forward, layout
 from osft_trainer.attention import select
 from osft_trainer.forward import loss_tokens, next_token_labels, packed_forward, packed_loss
 from osft_trainer.liger import apply_liger, undone_afterwards
@@ -95,7 +95,7 @@ def test_padded_fallback_equals_each_sample_alone(
     model = tiny_model(family).eval()
     batch = packed_batch(LENGTHS)
     expected = packed_loss(model, **batch)
-    monkeypatch.setattr(forward, "PACKED_FAMILIES", frozenset())
+    monkeypatch.setattr(layout, "PACKED_FAMILIES", frozenset())
     logits = packed_forward(model, batch["input_ids"], batch["position_ids"])[0]
     assert (logits - _alone(model, batch["input_ids"], LENGTHS)).abs().max() < 1e-5
     assert torch.allclose(packed_loss(model, **batch), expected, rtol=1e-5)

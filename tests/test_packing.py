@@ -12,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drawn import examples
+from osft_trainer.bins import _even_rounds, _spread, lpt_rounds, pack
 from osft_trainer.order import epoch_order
-from osft_trainer.packing import (
-    GlobalBatch,
-    _even_rounds,
-    _spread,
-    batches,
-    batches_per_epoch,
-    collate,
-    lpt_rounds,
-    pack,
-)
+from osft_trainer.packing import GlobalBatch, batches, batches_per_epoch, collate
 from osft_trainer.prepared import PreparedData
 from packed_data import make_data, members, samples_of
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from bench import machine
-from osft_trainer.packing import Plan, collate, lpt_rounds, pack
+from osft_trainer.bins import Plan, lpt_rounds, pack
+from osft_trainer.packing import collate
 
 LONG_PACK_TOKENS = 131_072
 

@@ -90,7 +90,7 @@ def by_activations(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Traine
     groups = input_groups(hf, plan, text[0])
     moments = second_moments(hf, groups, text)
     bases = {
-        target.name: least_used(moment, group.rank)
+        target.name: least_used(moment.total, group.rank)
         for group, moment in zip(groups, moments, strict=True)
         for target in group.targets
     }

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osft_trainer.forward import evaluating, packed_hidden
+from osft_trainer.forward import evaluating, hidden_passes
 from osft_trainer.parallel import World
 from osft_trainer.targets import Plan, Target
 
@@ -75,6 +75,16 @@ class InputGroup:
     def rank(self) -> int:
         """Number of free directions."""
         return self.targets[0].free_rank
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one input was over a text."""
+
+    total: Tensor
+    """Sum of x x^T, [width, width] float64."""
+    inputs: int
+    """How many x were added up."""
 
 
 class _Reached(Exception):
@@ -131,21 +141,23 @@ def in_passes(groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:
 @torch.no_grad()
 def second_moments(
     hf: PreTrainedModel, groups: Sequence[InputGroup], rows: Sequence[Row]
-) -> list[Tensor]:
-    """Sum of x x^T over all inputs of the rows, one [width, width] float64 a group."""
+) -> list[Moment]:
+    """Sum of x x^T over all inputs of the rows, and their number, for each group."""
     sums = [torch.zeros(g.width, g.width, dtype=torch.float64, device=hf.device) for g in groups]
+    counts = [0] * len(groups)
 
-    def add(total: Tensor) -> _Sink:
+    def add(number: int) -> _Sink:
         def sink(x: Tensor) -> None:
             for part in torch.split(x.flatten(0, -2), _ROWS_AT_ONCE):
                 exact = part.double()
-                total.addmm_(exact.mT, exact)
+                sums[number].addmm_(exact.mT, exact)
+                counts[number] += len(part)
 
         return sink
 
-    sinks = {g.module: add(total) for g, total in zip(groups, sums, strict=True)}
+    sinks = {group.module: add(number) for number, group in enumerate(groups)}
     _watch(hf, sinks, rows, until=groups[-1].module)
-    return sums
+    return [Moment(total, count) for total, count in zip(sums, counts, strict=True)]
 
 
 @torch.no_grad()
@@ -263,10 +275,12 @@ def _watch(
         for path, sink in sinks.items():
             stack.enter_context(_listening(hf.get_submodule(path), sink, last=path == until))
         for input_ids, position_ids in rows:
-            try:
-                packed_hidden(hf, input_ids.to(hf.device), position_ids.to(hf.device))
-            except _Reached:
-                continue
+            # Each pass ends by itself: what ends one must not take the row's other samples along.
+            for part in hidden_passes(hf, input_ids.to(hf.device), position_ids.to(hf.device)):
+                try:
+                    part()
+                except _Reached:
+                    continue
 
 
 @contextmanager

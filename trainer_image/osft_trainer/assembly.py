@@ -183,12 +183,13 @@ def _write_retention(
 ) -> None:
     """Add to plan.json, and say, what is known about the text and the room it leaves."""
     shares = {t.name: share for t in bases.plan.targets if (share := bases.used_share(t))}
+    read = bases.inputs_read()
 
     def on_first_rank() -> str:
         document = json.loads(folder.plan.read_text(encoding="utf-8"))
         document["retention"] = {
             "sampledFromModel": text.sampled,
-            "tokensRead": int(text.read.lengths.sum()),
+            "tokensRead": int(text.read.lengths.sum()) if read is None else read,
             "tokensJudged": int(text.judged.lengths.sum()),
             "usedShare": shares,
         }

@@ -26,14 +26,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from osft_trainer.layout import layout_of
+
 NAME = "osft_variable_length"
 """The attention's name in transformers' registry and in a model's configuration."""
-
-PACKED_FAMILIES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"}
-    | {"gpt2", "mixtral", "qwen2_moe", "qwen3_moe"}
-)
-"""config.model_type values for which packing and the chunked head are tested."""
 
 NEEDS_WINDOW_ARGUMENT = frozenset({"qwen2_moe"})
 """Families that tell a sliding window to the mask alone."""
@@ -45,7 +41,7 @@ def use_variable_length(model: PreTrainedModel, device: torch.device) -> str | N
     Returns:
         None when they do, else one line why they do not, for the caller to log.
     """
-    if model.config.model_type not in PACKED_FAMILIES:
+    if layout_of(model.config).is_padded:
         return f"samples of {model.config.model_type} are padded, not packed"
     reason = _unusable(model, device) or _failure_of_kernel(model, device)
     if reason is not None:

@@ -38,8 +38,8 @@ class TrainingParameters(Parameters):
     effective_batch_size: int = Field(ge=1, le=1_000_000)
     """Samples per optimizer step, over all ranks."""
     max_tokens_per_gpu: int = Field(ge=1, le=100_000_000)
-    """Tokens one rank holds in one forward pass. More is faster, until memory is full; it does not
-    change the result."""
+    """Tokens one rank holds in one forward pass, padding included. More is faster, until memory is
+    full; it does not change the result."""
     max_seq_len: int = Field(ge=1, le=100_000_000)
     """Longest sample in tokens; see onOverlong. At most maxTokensPerGpu."""
     learning_rate: float = Field(gt=0, le=1)

@@ -5,22 +5,21 @@ computes which. Called by `assembly` on every rank, and by `export_checkpoint`. 
 always read from the files, so that every rank, attempt and resumed run works in the same subspaces
 bit for bit. Matrices with one input that are split by activations have one basis: their files are
 hard links to one, and one parameter holds it in memory.
-Must never: decide ranks (`targets` does), or leave a file under its name that is not whole.
+Must never: decide ranks (`targets` does), or write a file itself (`basis_files` does).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,6 +33,7 @@ from osft_trainer.activations import (
     used_share,
 )
 from osft_trainer.agreement import barrier, from_first_rank, raise_together
+from osft_trainer.basis_files import facts_of, holds, link, save
 from osft_trainer.durable import sync, told
 from osft_trainer.parallel import World
 from osft_trainer.report import COMPLETE, RunFolder
@@ -46,9 +46,8 @@ FORMAT_VERSION = 3
 
 _PROBE_TOKENS = 16
 """Enough to see which matrices share an input: every input of the pass is held at one time."""
-_ABOUT = "about"
-"""The one entry of a file's metadata, JSON: several would be written in no fixed order."""
 _USED_SHARE = "usedShare"
+_INPUTS = "inputs"
 _GROUP = "sharedBasis"
 """Equal in the files that hold the same."""
 
@@ -75,7 +74,7 @@ class Decompositions:
         if not _parts(target, self.plan):
             return Split()
         path = self.path(target)
-        group = _facts_of(path).get(_GROUP)
+        group = facts_of(path).get(_GROUP)
         if group in self._shared:
             return self._shared[group]
         parts = load_file(path, device=str(weight.device))
@@ -91,7 +90,19 @@ class Decompositions:
         """
         if self.plan.split_by != "activations" or not _parts(target, self.plan):
             return None
-        return float(_facts_of(self.path(target))[_USED_SHARE])
+        return float(facts_of(self.path(target))[_USED_SHARE])
+
+    def inputs_read(self) -> int | None:
+        """Inputs that the free directions were read off, of the target that saw fewest.
+
+        None where none were, or an earlier version did not count them.
+        """
+        if self.plan.split_by != "activations":
+            return None
+        split = [target for target in self.plan.targets if _parts(target, self.plan)]
+        counts = [facts_of(self.path(target)).get(_INPUTS) for target in split]
+        known = [int(count) for count in counts if count is not None]
+        return min(known) if known and len(known) == len(counts) else None
 
     def path(self, target: Target) -> Path:
         """The target's file: by number, since names may be long."""
@@ -217,18 +228,8 @@ def _missing(found: Decompositions) -> list[int]:
     return [
         number
         for number, target in enumerate(found.plan.targets)
-        if (parts := _parts(target, found.plan)) and not _holds(found.path(target), parts)
+        if (parts := _parts(target, found.plan)) and not holds(found.path(target), parts)
     ]
-
-
-def _holds(path: Path, parts: frozenset[str]) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()) == parts
-    except SafetensorError:
-        return False
 
 
 def _compute_all(
@@ -249,7 +250,7 @@ def _compute(model: PreTrainedModel, found: Decompositions, target: Target, worl
     """Write one target's file."""
     weight = model.get_parameter(target.parameter).detach().to(world.device)
     split = split_weight(weight, target.free_rank, found.plan.parameterization)
-    _save(found.path(target), split.to_tensors(), world)
+    save(found.path(target), split.to_tensors(), world)
     if world.device.type == "cuda":
         # The next matrix may have another shape; cached blocks of this one would add up.
         torch.cuda.empty_cache()
@@ -269,12 +270,13 @@ def _read_all(
     """
     try:
         with on_device(model, world):
-            text = list(rows(retention.read))
+            text = list(rows(retention.read, retention.row_tokens))
             short = (text[0][0][:, :_PROBE_TOKENS], text[0][1][:, :_PROBE_TOKENS])
             groups = [g for g in input_groups(model, found.plan, short) if _any_of(g, targets)]
             shares = shares_by_cost([float(g.width) ** 3 for g in groups], world.size)
+            checked = list(rows(retention.checked, retention.row_tokens))
             for batch in in_passes([groups[position] for position in sorted(shares[world.rank])]):
-                _read(model, found, batch, text, list(rows(retention.checked)), world)
+                _read(model, found, batch, text, checked, world)
     except ValueError as error:
         return error
     except (OSError, SafetensorError) as error:
@@ -296,47 +298,23 @@ def _read(
 ) -> None:
     """Write the files of some groups' targets, each with what it says about the old inputs."""
     moments = second_moments(model, groups, text)
-    bases = [least_used(moment, g.rank) for g, moment in zip(groups, moments, strict=True)]
+    bases = [least_used(moment.total, g.rank) for g, moment in zip(groups, moments, strict=True)]
     shares = used_share(model, groups, bases, checked)
-    for group, basis, share in zip(groups, bases, shares, strict=True):
+    for group, moment, basis, share in zip(groups, moments, bases, shares, strict=True):
         written: dict[str, Path] = {}
         for target in group.targets:
             (name,) = _parts(target, found.plan)
             path = found.path(target)
-            if name in written and _link(written[name], path, world):
+            if name in written and link(written[name], path, world):
                 continue
             part = basis.mT.contiguous() if name == "free_rows" else basis
-            facts = {_USED_SHARE: repr(share), _GROUP: written.get(name, path).name}
-            _save(path, {name: part}, world, facts)
+            facts = {
+                _USED_SHARE: repr(share),
+                _INPUTS: str(moment.inputs),
+                _GROUP: written.get(name, path).name,
+            }
+            save(path, {name: part}, world, facts)
             written.setdefault(name, path)
-
-
-def _link(whole: Path, path: Path, world: World) -> bool:
-    """Give a file a second name; False where the file system has no such thing."""
-    temporary = path.with_name(f".{path.name}.{world.rank}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(whole, temporary)
-    except OSError:
-        return False
-    os.replace(temporary, path)
-    return True
-
-
-def _save(
-    path: Path, parts: dict[str, Tensor], world: World, facts: dict[str, str] | None = None
-) -> None:
-    temporary = path.with_name(f".{path.name}.{world.rank}")
-    about = {_ABOUT: json.dumps(facts)} if facts else None
-    save_file({name: part.cpu() for name, part in parts.items()}, temporary, metadata=about)
-    sync(temporary)
-    os.replace(temporary, path)
-
-
-def _facts_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        facts: dict[str, str] = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
-    return facts
 
 
 def _mark_complete(folder: Path) -> str:

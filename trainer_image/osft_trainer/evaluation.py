@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from osft_trainer.bins import pack
 from osft_trainer.forward import evaluating
+from osft_trainer.layout import Layout, layout_of
 from osft_trainer.model import OSFTModel
 from osft_trainer.outcome import NoLossTokens
-from osft_trainer.packing import MicroBatch, collate, pack
+from osft_trainer.packing import MicroBatch, Units, collate
 from osft_trainer.parallel import World, sum_over_ranks
 from osft_trainer.prepared import Samples
 
@@ -49,29 +52,31 @@ def mean_loss(
         NoLossTokens: on every rank, if no token of the data counts.
         ValueError: on every rank, if a sample is longer than max_tokens_per_gpu.
     """
-    loss_tokens = int(prepared.loss_counts.sum())
-    if loss_tokens == 0:
+    if not prepared.loss_counts.any():
         raise NoLossTokens(
             f"of the {len(prepared)} samples to measure the loss on no token counts: give samples "
             "with labels that are not all -100"
         )
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    measured = 0
+    layout = layout_of(model.hf.config)
     with _without_trace(model, world), torch.no_grad():
-        for micro in _micro_batches(prepared, max_tokens_per_gpu, world):
+        for micro in _micro_batches(prepared, max_tokens_per_gpu, layout, world):
             loss_sum = model(**micro.inputs(world.device))
             total += loss_sum.double()
-    return sum_over_ranks(float(total), world) / loss_tokens
+            measured += micro.loss_tokens
+    return sum_over_ranks(float(total), world) / sum_over_ranks(measured, world)
 
 
 def _micro_batches(
-    prepared: Samples, max_tokens_per_gpu: int, world: World
+    prepared: Samples, max_tokens_per_gpu: int, layout: Layout, world: World
 ) -> Iterator[MicroBatch]:
     """This rank's forward passes; every rank has the same number of them."""
     for start in range(0, len(prepared), SAMPLES_AT_ONCE):
-        lengths = prepared.lengths[start : start + SAMPLES_AT_ONCE]
-        for bins in pack(lengths, world.size, max_tokens_per_gpu):
-            members = (start + member for member in bins[world.rank])
-            yield collate([piece for at in members for piece in prepared.pieces(at)])
+        indices = np.arange(start, min(start + SAMPLES_AT_ONCE, len(prepared)))
+        units = Units([(prepared, indices)], layout)
+        for bins in pack(units.lengths, world.size, max_tokens_per_gpu, layout):
+            yield collate([piece for at in bins[world.rank] for piece in units.pieces(at)])
 
 
 @contextmanager

@@ -6,10 +6,11 @@ by what only measures. Must never: average (the caller divides by the global tok
 about optimizers.
 
 A packed row is input_ids, position_ids and labels of shape [1, T]; position_ids restart at 0 where
-a sample begins. For the families in `PACKED_FAMILIES` (each one tested) the attention takes the
-borders of the samples (`attention`, on CUDA), or transformers builds a mask per sample from
-position_ids when no attention_mask is given. Every other family gets a right-padded batch with an
-attention mask: slower, correct for all causal models.
+a sample begins. For the families that keep samples of a row apart (`layout`, each one tested) the
+attention takes the borders of the samples (`attention`, on CUDA), or transformers builds a mask per
+sample from position_ids when no attention_mask is given. Every other family gets a right-padded
+batch with an attention mask: slower, correct for all causal models. A row whose samples may not
+share a pass is run in several: under FSDP rows are planned so (`bins`) that none is.
 
 The balancing loss of expert models is not added: routers are frozen, so it could only move other
 weights to fit a router that does not move.
@@ -17,9 +18,10 @@ weights to fit a router that does not move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,7 +30,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from osft_trainer.attention import PACKED_FAMILIES, packed_arguments, sample_lengths
+from osft_trainer.attention import packed_arguments, sample_lengths
+from osft_trainer.layout import Layout, layout_of
+from osft_trainer.ropes import reset_ropes
 
 IGNORED = -100
 """Label that does not count."""
@@ -70,7 +74,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Logits [1, T, vocabulary] in the model's dtype; samples do not see one another."""
-    if hf.config.model_type in PACKED_FAMILIES:
+    parts = _passes(hf, position_ids)
+    if parts is not None:
+        rows = [packed_forward(hf, input_ids[:, at], position_ids[:, at])[0] for at in parts]
+        return torch.cat(rows)[torch.cat(parts).argsort()][None]
+    reset_ropes(hf)
+    if not layout_of(hf.config).is_padded:
         packed = packed_arguments(hf, position_ids)
         out = hf(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
         return cast(Tensor, out.logits)
@@ -79,17 +88,56 @@ def packed_forward(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
     return cast(Tensor, out.logits)[mask.bool()][None]
 
 
-def packed_hidden(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
-    """Run the decoder alone, for whoever listens to its modules: no logits.
+def hidden_passes(
+    hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
+) -> Iterator[Callable[[], None]]:
+    """What runs the decoder alone over a row, for whoever listens to its modules: no logits.
 
     No padding is run through it either: a family that cannot be packed gets its samples one by one.
     """
-    if hf.config.model_type in PACKED_FAMILIES:
-        packed = packed_arguments(hf, position_ids)
-        hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    layout = layout_of(hf.config)
+    if layout == Layout():
+        yield partial(_run_decoder, hf, input_ids, position_ids)
         return
-    for sample in torch.split(input_ids[0], sample_lengths(position_ids)):
-        hf.base_model(input_ids=sample[None], use_cache=False)
+    lengths = sample_lengths(position_ids)
+    passes = [[n] for n in range(len(lengths))] if layout.is_padded else layout.passes(lengths)
+    for at in _places(lengths, passes, input_ids.device):
+        yield partial(_run_decoder, hf, input_ids[:, at], position_ids[:, at])
+
+
+def packed_hidden(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
+    """Run the decoder alone over a whole row; see `hidden_passes`."""
+    for run in hidden_passes(hf, input_ids, position_ids):
+        run()
+
+
+def _run_decoder(hf: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
+    reset_ropes(hf)
+    if layout_of(hf.config).is_padded:
+        hf.base_model(input_ids=input_ids, use_cache=False)
+        return
+    packed = packed_arguments(hf, position_ids)
+    hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+
+
+def _passes(
+    hf: PreTrainedModel, position_ids: Tensor, lengths: Sequence[int] | None = None
+) -> list[Tensor] | None:
+    """Places in the row of what goes through the model together; None where all of it may."""
+    layout = layout_of(hf.config)
+    if layout.alike_up_to is None:
+        return None
+    lengths = sample_lengths(position_ids) if lengths is None else lengths
+    passes = list(layout.passes(lengths))
+    return None if len(passes) == 1 else _places(lengths, passes, position_ids.device)
+
+
+def _places(
+    lengths: Sequence[int], passes: Iterable[Sequence[int]], device: torch.device
+) -> list[Tensor]:
+    """Of each pass the places in the row of its samples' tokens."""
+    samples = torch.split(torch.arange(sum(lengths), device=device), list(lengths))
+    return [torch.cat([samples[number] for number in numbers]) for numbers in passes]
 
 
 def packed_loss(
@@ -107,13 +155,18 @@ def packed_loss(
     and the `places` in the row whose next token is labelled spare waits for the device, where they
     are known.
     """
+    parts = _passes(hf, position_ids, lengths)
+    if parts is not None:
+        alone = [(input_ids[:, at], position_ids[:, at], labels[:, at]) for at in parts]
+        return torch.stack([packed_loss(hf, *row, fused) for row in alone]).sum()
+    reset_ropes(hf)
     targets = next_token_labels(labels, position_ids)[0]
     if places is None:
         # Before the decoder: a device is waited for to learn how many there are, and what follows
         # could not be queued meanwhile.
         places = (targets != IGNORED).nonzero()[:, 0]
     targets = targets[places]
-    if hf.config.model_type not in PACKED_FAMILIES:
+    if layout_of(hf.config).is_padded:
         logits = packed_forward(hf, input_ids, position_ids)[0]
         return cross_entropy(logits[places].float(), targets, reduction="sum")
     packed = packed_arguments(hf, position_ids, lengths)

@@ -57,7 +57,7 @@ def importance_of_run(
         kept = _kept(path, len(decoder_blocks(hf)[1]))
         if kept is None:
             with on_device(hf, world):
-                kept = block_importance(hf, list(rows(text.read)))
+                kept = block_importance(hf, list(rows(text.read, text.row_tokens)))
             write_file(path, json.dumps(kept) + "\n")
         return json.dumps(kept)
 
@@ -92,13 +92,14 @@ def block_importance(hf: PreTrainedModel, rows: Sequence[Row]) -> list[float]:
     """
     _, blocks = decoder_blocks(hf)
     sums = torch.zeros(len(blocks), dtype=torch.float64, device=hf.device)
-    tokens = 0
+    seen = [0] * len(blocks)
 
     def add(number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             out = output[0] if isinstance(output, tuple) else output
             before, after = (x.flatten(0, -2).double() for x in (inputs[0], out))
             sums[number] += torch.cosine_similarity(before, after, dim=-1).sum()
+            seen[number] += len(before)
 
         return hook
 
@@ -108,9 +109,8 @@ def block_importance(hf: PreTrainedModel, rows: Sequence[Row]) -> list[float]:
             handle = block.register_forward_hook(add(number))
             stack.callback(handle.remove)
         for input_ids, position_ids in rows:
-            tokens += input_ids.numel()
             packed_hidden(hf, input_ids.to(hf.device), position_ids.to(hf.device))
-    means = (sums / tokens).tolist()
+    means = [total / max(count, 1) for total, count in zip(sums.tolist(), seen, strict=True)]
     mean = sum(means) / len(means)
     if mean <= 0:
         raise ValueError(

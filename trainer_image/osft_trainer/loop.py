@@ -25,6 +25,7 @@ from torch import Tensor
 from osft_trainer.agreement import any_rank_of_each
 from osft_trainer.checkpoint import Position, State
 from osft_trainer.config import TrainingParameters
+from osft_trainer.layout import layout_of
 from osft_trainer.leaks import Leak, LeakWatch
 from osft_trainer.model import OSFTModel
 from osft_trainer.optimizer import set_learning_rate
@@ -141,6 +142,7 @@ class Loop:
             start_epoch=position.epoch,
             start_batch=position.batch,
             replay=self.replay,
+            layout=layout_of(self.model.hf.config),
         )
         left = None if self.total_steps is None else max(0, self.total_steps - position.step)
         yield from prefetched(_pinned(found, self.world.device), left)

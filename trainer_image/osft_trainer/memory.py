@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from osft_trainer.attention import PACKED_FAMILIES
 from osft_trainer.decomposition import part_shapes
+from osft_trainer.layout import layout_of
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.subspace import Split
@@ -213,7 +213,7 @@ def _activations(
     hidden = int(config.hidden_size)
     _, blocks = decoder_blocks(model.hf)
     each = [tokens * width * (2 * _outputs(block, config) + 4 * hidden) for block in blocks]
-    chunked = config.model_type in PACKED_FAMILIES
+    chunked = not layout_of(config).is_padded
     logits = (min(tokens, _LOGIT_TOKENS) if chunked else tokens) * int(config.vocab_size)
     head = logits * (4 + 4 + width)
     if width < 4 and _trains_head(model):

@@ -1,14 +1,12 @@
 """From prepared samples to the micro-batches of each optimizer step, in an order that can resume.
 
-Lives here: the samples of a global batch, their packing into one bin per
-rank and round, and the tensors of a bin. Called by the training loop. Everything but the reading
-of samples is a pure function of numbers, so every rank computes the same plan without talking.
+Lives here: the samples of a global batch, and the tensors of the bins that `bins` deals them out
+to. Called by the training loop, and by `evaluation`. Everything but the reading of samples is a
+pure function of numbers, so every rank computes the same plan without talking.
 Must never: depend on the world size for what a step learns from, put two samples into one
 attention span or predict one sample's first token from another, or drop a sample.
 """
 
-import bisect
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from osft_trainer.bins import END_TO_END, pack
+from osft_trainer.layout import Layout
 from osft_trainer.order import epoch_order
 from osft_trainer.prepared import NO_LOSS, PreparedData, Samples
 from osft_trainer.replay import Replay
 
 IDLE_TOKENS = 2
 """Length of the stand-in for an empty bin: the shortest that still has a next token."""
-
-
-Plan = list[list[list[int]]]
-"""Rounds of bins of sample positions."""
 
 _TENSORS = ("input_ids", "labels", "position_ids", "places")
 """What of a micro-batch goes to the device."""
@@ -91,162 +87,6 @@ def batches_per_epoch(num_samples: int, effective_batch_size: int) -> int:
     return -(-num_samples // effective_batch_size)
 
 
-def pack(
-    lengths: Sequence[int] | npt.NDArray[np.int64], world_size: int, max_tokens_per_gpu: int
-) -> Plan:
-    """Rounds of one bin per rank; a bin lists positions in `lengths`. Every position comes once.
-
-    A round lasts as long as its fullest bin, so the others wait. Of three plans the one that lasts
-    shortest is taken, then the one with fewer rounds: all bins about equally full (best when there
-    is plenty), full rounds first and what is left spread evenly (best when one long sample would
-    tower over even bins), or longest-processing-time as mini_trainer has it. A rank may get an
-    empty bin. Deterministic.
-
-    Raises:
-        ValueError: a sample is longer than max_tokens_per_gpu.
-    """
-    sizes = [int(length) for length in lengths]
-    if not sizes:
-        return []
-    if max(sizes) > max_tokens_per_gpu:
-        raise ValueError(
-            f"a sample has {max(sizes)} tokens, more than max_tokens_per_gpu {max_tokens_per_gpu}: "
-            "raise max_tokens_per_gpu or lower max_seq_len"
-        )
-    longest_first = sorted(range(len(sizes)), key=lambda position: (-sizes[position], position))
-
-    def cost(plan: Plan) -> tuple[int, int]:
-        return sum(max(sum(sizes[p] for p in members) for members in r) for r in plan), len(plan)
-
-    plans = (
-        make(longest_first, sizes, world_size, max_tokens_per_gpu)
-        for make in (_even_rounds, _full_rounds, lpt_rounds)
-    )
-    return min(plans, key=cost)
-
-
-def _even_rounds(
-    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
-) -> Plan:
-    """Spread everything over the bins of all rounds; bins of like fullness share a round.
-
-    As few rounds as spreading can do with. What fits into some bins fits into more of them, so the
-    number is found by halving.
-    """
-    alone = sum(2 * size > capacity for size in sizes)  # no two of these share a bin
-    least = max(-(-sum(sizes) // capacity), alone, 1)
-    fits = -(-least // world_size)
-    fails, step = fits - 1, 1
-    while (bins := _spread(longest_first, sizes, fits * world_size, capacity)) is None:
-        fails, fits, step = fits, fits + step, 2 * step  # ends: a bin for each sample is enough
-    while fits - fails > 1:
-        middle = (fits + fails) // 2
-        fewer = _spread(longest_first, sizes, middle * world_size, capacity)
-        if fewer is None:
-            fails = middle
-        else:
-            fits, bins = middle, fewer
-    bins.sort(key=lambda members: -sum(sizes[position] for position in members))
-    return [bins[start : start + world_size] for start in range(0, len(bins), world_size)]
-
-
-def _full_rounds(
-    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
-) -> Plan:
-    """Fill round after round as far as it goes, until the rest can be spread over one."""
-    plan: Plan = []
-    left = _Left(longest_first, sizes)
-    while len(left):
-        if left.tokens <= world_size * capacity:
-            last = _spread(left.all(), sizes, world_size, capacity)
-            if last is not None:
-                return [*plan, last]
-        bins: list[list[int]] = [[] for _ in range(world_size)]
-        room = [capacity] * world_size
-        place = 0
-        # The longest that fits somewhere goes where the least room is left. One that fits nowhere
-        # does not fit later either: room only shrinks.
-        while (place := left.first(place, max(room))) < len(longest_first):
-            size = sizes[longest_first[place]]
-            fullest = min((r, n) for n, r in enumerate(room) if r >= size)[1]
-            bins[fullest].append(left.take(place))
-            room[fullest] -= size
-        plan.append(bins)
-    return plan
-
-
-class _Left:
-    """Samples from the longest to the shortest, some of them taken already."""
-
-    def __init__(self, longest_first: Sequence[int], sizes: Sequence[int]) -> None:
-        self._positions = longest_first
-        self._sizes = sizes
-        self._negated = [-sizes[position] for position in longest_first]
-        self._next = list(range(len(longest_first) + 1))
-        """A place that is left, or one between this and the next that is."""
-        self._count = len(longest_first)
-        self.tokens = sum(sizes)
-
-    def __len__(self) -> int:
-        """Number of samples that are left."""
-        return self._count
-
-    def first(self, place: int, longest: int) -> int:
-        """Place of the longest from `place` on that is left and no longer than this; or the end."""
-        return self._at_or_behind(bisect.bisect_left(self._negated, -longest, lo=place))
-
-    def take(self, place: int) -> int:
-        """Take the sample at a place."""
-        self._next[place] = place + 1
-        position = self._positions[place]
-        self._count -= 1
-        self.tokens -= self._sizes[position]
-        return position
-
-    def all(self) -> list[int]:
-        """Whatever is left."""
-        return [position for at, position in enumerate(self._positions) if self._next[at] == at]
-
-    def _at_or_behind(self, place: int) -> int:
-        while (after := self._next[place]) != place:
-            # Halves the way for the next one, so that no stretch is walked again and again.
-            self._next[place] = self._next[after]
-            place = after
-        return place
-
-
-def lpt_rounds(
-    longest_first: Sequence[int], sizes: Sequence[int], world_size: int, capacity: int
-) -> Plan:
-    """Round after round, as many of the longest that are left as can be spread over it."""
-    plan: Plan = []
-    emptiest: list[tuple[int, int]] = []
-    for position in longest_first:
-        size = sizes[position]
-        if not emptiest or emptiest[0][0] + size > capacity:
-            plan.append([[] for _ in range(world_size)])
-            emptiest = [(0, number) for number in range(world_size)]
-        load, number = emptiest[0]
-        plan[-1][number].append(position)
-        heapq.heapreplace(emptiest, (load + size, number))
-    return plan
-
-
-def _spread(
-    longest_first: Sequence[int], sizes: Sequence[int], count: int, capacity: int
-) -> list[list[int]] | None:
-    """Longest sample first, to the emptiest of `count` bins; None when one would overflow."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    emptiest = [(0, number) for number in range(count)]
-    for position in longest_first:
-        load, number = emptiest[0]
-        if load + sizes[position] > capacity:
-            return None
-        bins[number].append(position)
-        heapq.heapreplace(emptiest, (load + sizes[position], number))
-    return bins
-
-
 def collate(
     samples: Sequence[tuple[torch.Tensor, torch.Tensor]], *, pad_token_id: int = 0
 ) -> MicroBatch:
@@ -278,18 +118,39 @@ def collate(
     )
 
 
-class _Members:
-    """The samples of one global batch, from one source after the other."""
+class Units:
+    """What the passes of some samples are made of: the samples, from one source after the other.
 
-    def __init__(self, sources: Sequence[tuple[Samples, npt.NDArray[np.int64]]]) -> None:
-        self._places = [(data, int(index)) for data, indices in sources for index in indices]
-        self.lengths = np.concatenate([data.lengths[indices] for data, indices in sources])
+    Where a model does not take any samples end to end, their pieces are dealt out one by one: they
+    see nothing of one another, and a batch of the pieces of one sample may be padded to many times
+    its length.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Samples, npt.NDArray[np.int64]]],
+        layout: Layout = END_TO_END,
+    ) -> None:
+        """`sources`: data, and the positions of samples in them."""
+        self._places: list[tuple[Samples, int, int | None]] = []
+        lengths: list[int] = []
+        for data, indices in sources:
+            for index in indices.tolist():
+                pieces = data.piece_lengths(index)
+                if layout == END_TO_END or len(pieces) == 1:
+                    self._places.append((data, index, None))
+                    lengths.append(sum(pieces))
+                else:
+                    self._places += [(data, index, number) for number in range(len(pieces))]
+                    lengths += pieces
+        self.lengths = np.array(lengths, dtype=np.int64)
         self.loss_tokens = sum(int(data.loss_counts[indices].sum()) for data, indices in sources)
 
     def pieces(self, at: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The sample at this position, as `PreparedData.pieces`."""
-        data, index = self._places[at]
-        return data.pieces(index)
+        """What the unit at this position holds, as `PreparedData.pieces`."""
+        data, index, number = self._places[at]
+        pieces = data.pieces(index)
+        return pieces if number is None else [pieces[number]]
 
 
 def batches(
@@ -304,11 +165,13 @@ def batches(
     start_batch: int = 0,
     pad_token_id: int = 0,
     replay: Replay | None = None,
+    layout: Layout = END_TO_END,
 ) -> Iterator[GlobalBatch]:
     """Global batches from (start_epoch, start_batch) on, epoch after epoch, without end.
 
     start_batch may be the number of batches in an epoch: the next epoch follows. Only the samples
-    of this rank are read. What `replay` adds comes on top of effective_batch_size, so that steps
+    of this rank are read. `layout` is the model's; a pass holds at most max_tokens_per_gpu tokens,
+    padding included. What `replay` adds comes on top of effective_batch_size, so that steps
     and epochs are those of the data.
 
     Raises:
@@ -327,12 +190,13 @@ def batches(
         for batch in range(index, per_epoch):
             first = batch * effective_batch_size
             members = order[first : first + effective_batch_size]
-            batch_of = _Members([(prepared, members)])
+            sources: list[tuple[Samples, npt.NDArray[np.int64]]] = [(prepared, members)]
             if replay is not None:
                 before = epoch * len(prepared) + first
                 again = replay.between(before, before + len(members))
-                batch_of = _Members([(prepared, members), (replay.part, again)])
-            rounds = pack(batch_of.lengths, world_size, max_tokens_per_gpu)
+                sources.append((replay.part, again))
+            batch_of = Units(sources, layout)
+            rounds = pack(batch_of.lengths, world_size, max_tokens_per_gpu, layout)
             yield GlobalBatch(
                 epoch=epoch,
                 index=batch,
@@ -347,6 +211,6 @@ def batches(
                 tokens=int(batch_of.lengths.sum()),
                 loss_tokens=batch_of.loss_tokens,
                 is_last=batch == per_epoch - 1,
-                replayed=len(batch_of.lengths) - len(members),
+                replayed=sum(len(indices) for _, indices in sources[1:]),
             )
         epoch, index = epoch + 1, 0

@@ -16,13 +16,15 @@ import torch
 from osft_trainer.assembly import check_data, compute_dtype, plan_of, prepare_data
 from osft_trainer.base_model import local_folder
 from osft_trainer.bases import singular_values
+from osft_trainer.bins import pack
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data_files import find_data_files
+from osft_trainer.layout import Layout, layout_of
 from osft_trainer.memory import converted, empty_model, memory_of
 from osft_trainer.model import load_model
 from osft_trainer.model_limits import check_own_text
 from osft_trainer.order import epoch_order
-from osft_trainer.packing import batches_per_epoch, pack
+from osft_trainer.packing import batches_per_epoch
 from osft_trainer.parallel import World
 from osft_trainer.plan_report import Report
 from osft_trainer.prepared import PreparedData
@@ -72,7 +74,7 @@ def make_report(
         check_own_text(hf, training.max_seq_len)
     steps = total_steps(training, prepared)
     learning_rates(training, steps)
-    passes = _passes_per_step(prepared, training, processes, text)
+    passes = _passes_per_step(prepared, training, processes, text, layout_of(hf.config))
     memory = memory_of(
         converted(hf, plan),
         processes=processes,
@@ -104,6 +106,7 @@ def _passes_per_step(
     training: TrainingParameters,
     processes: int,
     text: RetentionText | None,
+    layout: Layout,
 ) -> int:
     order = epoch_order(len(prepared), training.seed, 0)
     size, limit = training.effective_batch_size, training.max_tokens_per_gpu
@@ -114,7 +117,7 @@ def _passes_per_step(
         for start, lengths in zip(starts, batches, strict=True)
     ]
     both = (np.concatenate(pair) for pair in zip(batches, again, strict=True))
-    return max(len(pack(lengths, processes, limit)) for lengths in both)
+    return max(len(pack(lengths, processes, limit, layout)) for lengths in both)
 
 
 def _replayed_lengths(

@@ -90,14 +90,17 @@ class PreparedData:
 
     def pieces(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The sample, cut where attention must not pass: most have one piece."""
-        ids, labels = self.sample(index)
+        parts = (torch.split(whole, self.piece_lengths(index)) for whole in self.sample(index))
+        return list(zip(*parts, strict=True))
+
+    def piece_lengths(self, index: int) -> list[int]:
+        """Tokens of each piece of the sample; nothing of them is read."""
         if self._pieces is None:
-            return [(ids, labels)]
+            return [int(self.lengths[index])]
         start, end = self._offsets[index : index + 2]
         first, last = np.searchsorted(self._pieces, (start, end))
-        lengths = np.diff(self._pieces[first : last + 1]).tolist()
-        parts = (torch.split(whole, lengths) for whole in (ids, labels))
-        return list(zip(*parts, strict=True))
+        lengths: list[int] = np.diff(self._pieces[first : last + 1]).tolist()
+        return lengths
 
     def whole(self) -> PreparedPart:
         """All samples, as something that parts can be taken of."""
@@ -125,6 +128,10 @@ class PreparedPart:
     def pieces(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As `PreparedData.pieces`."""
         return self._data.pieces(int(self._indices[index]))
+
+    def piece_lengths(self, index: int) -> list[int]:
+        """As `PreparedData.piece_lengths`."""
+        return self._data.piece_lengths(int(self._indices[index]))
 
     def part(self, indices: npt.NDArray[np.int64]) -> PreparedPart:
         """Some of these samples; `indices`: positions among them."""

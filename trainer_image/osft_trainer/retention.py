@@ -16,12 +16,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft_trainer.activations import Row, on_device
@@ -46,8 +47,8 @@ LEAST_SAMPLES = 10
 """Fewer do not fill three parts."""
 _HELD_OUT = 10
 """One sample in so many is checked, one is judged; the others are read."""
-_ROW_TOKENS = 2048
-"""Tokens of one forward pass while reading."""
+ROW_TOKENS = 2048
+"""Most tokens of one forward pass while reading, where a rank may hold so many."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class RetentionText:
     """Of the prepared text and of how much of it is read."""
     sampled: bool
     """Whether the model wrote it itself."""
+    row_tokens: int = ROW_TOKENS
+    """Tokens of one forward pass while it is read."""
 
 
 def prepare_retention(
@@ -117,7 +120,8 @@ def prepare_retention(
             f"retention_data_path: {what} holds {len(prepared)} samples, "
             f"at least {LEAST_SAMPLES} are needed: some are read, others measure what is kept"
         )
-    return parts(prepared.whole(), training.retention_tokens, prepared.digest, sampled)
+    found = parts(prepared.whole(), training.retention_tokens, prepared.digest, sampled)
+    return replace(found, row_tokens=min(ROW_TOKENS, training.max_tokens_per_gpu))
 
 
 def parts(whole: PreparedPart, tokens: int, digest: str, sampled: bool) -> RetentionText:
@@ -142,16 +146,27 @@ def replay_of(training: TrainingParameters, text: RetentionText | None) -> Repla
     return Replay(text.read, training.replay_ratio, training.seed)
 
 
-def rows(part: PreparedPart) -> Iterator[Row]:
-    """The samples packed into rows of about `_ROW_TOKENS` tokens, in their order."""
-    held: list[int] = []
+def rows(part: PreparedPart, row_tokens: int = ROW_TOKENS) -> Iterator[Row]:
+    """The samples packed into rows of at most so many tokens, in their order.
+
+    A sample that has more is a row of its own.
+    """
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tokens = 0
     for index in range(len(part)):
-        held.append(index)
-        full = int(part.lengths[held].sum()) >= _ROW_TOKENS
-        if full or index == len(part) - 1:
-            packed = collate([piece for i in held for piece in part.pieces(i)])
-            yield packed.input_ids, packed.position_ids
-            held = []
+        length = int(part.lengths[index])
+        if held and tokens + length > row_tokens:
+            yield _row(held)
+            held, tokens = [], 0
+        held += part.pieces(index)
+        tokens += length
+    if held:
+        yield _row(held)
+
+
+def _row(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> Row:
+    packed = collate(pieces)
+    return packed.input_ids, packed.position_ids
 
 
 def _first(

@@ -57,6 +57,10 @@ class Selection(PreparedData):
         """As of the whole data."""
         return self._whole.pieces(int(self._members[index]))
 
+    def piece_lengths(self, index: int) -> list[int]:
+        """As of the whole data."""
+        return self._whole.piece_lengths(int(self._members[index]))
+
 
 def split_off(prepared: PreparedData, share: float) -> tuple[Selection, Selection]:
     """The samples to train on, and about this share of all to validate on.

@@ -115,6 +115,19 @@ def restart_count(pods: Sequence[Object]) -> int:
     return max(counts, default=0)
 
 
+def last_end(pods: Sequence[Object]) -> datetime.datetime | None:
+    """When a trainer's container last ended, well or not; None when none has."""
+    ends = [
+        time_of(finished)
+        for pod in pods
+        for status in _statuses(pod)
+        if status.get("name") == CONTAINER
+        for key in ("state", "lastState")
+        if (finished := ((status.get(key) or {}).get("terminated") or {}).get("finishedAt"))
+    ]
+    return max(ends, default=None)
+
+
 def is_restarting(pods: Sequence[Object]) -> bool:
     """Whether a trainer's container has failed and waits for its next start."""
     return any(

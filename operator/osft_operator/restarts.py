@@ -12,20 +12,28 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from osft_operator.failure import restart_count
+from osft_operator.failure import last_end, restart_count, running_count
 from osft_operator.observed import Object, is_deleting, is_suspended, text_of, time_of
-from osft_operator.status_model import CountedPods
+from osft_operator.status_model import CountedPods, ReplacedPods
 
 Status = dict[str, Any]
 
 ROUND = datetime.timedelta(seconds=30)
 """Pods that are made within so long of each other replace what one event took away."""
+QUIET = datetime.timedelta(seconds=60)
+"""A node that has died is known to have by then, and so that its pod does not run any more."""
+SECOND = datetime.timedelta(seconds=1)
+"""How exact the API's times are."""
+MAX_ROUNDS = 100
+"""Rounds of replaced pods that are remembered beside the newest; more than maxRestarts may be."""
 FIRST_WAIT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 300.0
 """The waits before attempts are those of the kubelet before a container's restarts."""
 
 
-def count(status: Status, job: Object, pods: Sequence[Object], nodes: int) -> None:
+def count(
+    status: Status, job: Object, pods: Sequence[Object], nodes: int, now: datetime.datetime
+) -> None:
     """Bring `status.restarts` up to date with the pods of the current attempt.
 
     Args:
@@ -34,6 +42,7 @@ def count(status: Status, job: Object, pods: Sequence[Object], nodes: int) -> No
         job: the attempt's PyTorchJob.
         pods: its pods.
         nodes: how many it has when all are there.
+        now: the time.
     """
     alive = [pod for pod in pods if not is_deleting(pod)]
     if is_suspended(job):
@@ -45,50 +54,124 @@ def count(status: Status, job: Object, pods: Sequence[Object], nodes: int) -> No
     before = status.get("restartsBeforeAttempt", 0)
     recorded = status.get("countedPods")
     counted = CountedPods.model_validate(recorded) if recorded else None
-    found = max((_restarts(pod, counted) for pod in alive), default=0)
-    found = max(found, status["restarts"] - before)
-    times = [time_of(made) for pod in alive if (made := _made(pod))]
-    if counted is None and len(times) >= nodes:
-        counted = CountedPods(newest=text_of(max(times)))
-    elif counted is not None and times and max(times) - time_of(counted.newest) > ROUND:
-        found, counted = _with_replaced(alive, counted, found, max(times))
+    rounds = _new_rounds(alive, counted) if counted is not None else []
+    new = {id(pod) for made_again in rounds for pod in made_again}
+    others = [pod for pod in alive if id(pod) not in new]
+    told = max((_restarts(pod, counted) for pod in others), default=0)
+    found = max(told, status["restarts"] - before)
+    if counted is None:
+        times = [time_of(made) for pod in alive if (made := _made(pod))]
+        counted = CountedPods(newest=text_of(max(times))) if len(times) >= nodes else None
+    elif rounds:
+        counted = _with_replaced(rounds, alive, counted, told=told, found=found)
+        found = max([found, *(_restarts(pod, counted) for group in rounds for pod in group)])
+    elif found > _settled(counted) and _runs_on(alive, nodes, now):
+        counted = counted.model_copy(update={"restarts_of_others": found})
     if counted is not None:
         status["countedPods"] = counted.model_dump(by_alias=True, exclude_none=True)
     status["restarts"] = before + found
 
 
 def _with_replaced(
-    pods: Sequence[Object], counted: CountedPods, found: int, newest: datetime.datetime
-) -> tuple[int, CountedPods]:
-    """The number, and what to remember, after pods were made again.
+    rounds: Sequence[Sequence[Object]],
+    pods: Sequence[Object],
+    counted: CountedPods,
+    *,
+    told: int,
+    found: int,
+) -> CountedPods:
+    """What to remember after pods were made again.
 
     When one pod goes, the trainers of all others fail and are started again: that is one restart,
-    and where they have told of it already the new pod adds nothing.
+    and where they have told of it already the new pod adds nothing. A new pod's own restarts begin
+    at zero, so those of the attempt until then are put under them: all numbers that are compared
+    are restarts of the attempt.
+
+    Args:
+        rounds: the new pods, by the event that made them necessary.
+        pods: all pods.
+        counted: what is remembered.
+        told: restarts that the pods which stayed tell of.
+        found: restarts of the attempt, as they are known without the new pods.
     """
-    others = [
-        _restarts(pod, counted)
-        for pod in pods
-        if (made := _made(pod)) and time_of(made) <= time_of(counted.newest)
+    settled = _settled(counted)
+    start = settled if told > settled else found
+    begins = [min(time_of(made) for pod in group if (made := _made(pod))) for group in rounds]
+    known = [
+        ReplacedPods(made_after=text_of(begin - SECOND), restarts=start + number)
+        for number, begin in enumerate(begins, 1)
     ]
-    told = max(others, default=0)
-    if told <= (counted.restarts_of_others or 0):
-        found += 1
-    return found, CountedPods(
-        newest=text_of(newest),
-        replaced_after=counted.newest,
-        restarts_of_replaced=found,
-        restarts_of_others=told,
+    *earlier, newest = _needed([*_rounds(counted), *known], pods)
+    return CountedPods(
+        newest=text_of(begins[-1]),
+        replaced_after=newest.made_after,
+        restarts_of_replaced=newest.restarts,
+        restarts_of_others=newest.restarts,
+        earlier_replaced=earlier[-MAX_ROUNDS:] or None,
     )
+
+
+def _new_rounds(pods: Sequence[Object], counted: CountedPods) -> list[list[Object]]:
+    """The pods that were made since, oldest first, by the event that made them necessary."""
+    window = ROUND if counted.replaced_after is not None else datetime.timedelta()
+    end = time_of(counted.newest) + window
+    rounds: list[list[Object]] = []
+    dated = [(time_of(made), pod) for pod in pods if (made := _made(pod))]
+    for when, pod in sorted(dated, key=lambda each: each[0]):
+        if when > end:
+            rounds.append([pod])
+            end = when + ROUND
+        elif rounds:
+            rounds[-1].append(pod)
+    return rounds
+
+
+def _rounds(counted: CountedPods) -> list[ReplacedPods]:
+    """Every remembered round of replaced pods, oldest first."""
+    if counted.replaced_after is None:
+        return []
+    newest = ReplacedPods(
+        made_after=counted.replaced_after, restarts=counted.restarts_of_replaced or 0
+    )
+    return [*(counted.earlier_replaced or ()), newest]
+
+
+def _needed(rounds: list[ReplacedPods], pods: Sequence[Object]) -> list[ReplacedPods]:
+    """Those of which a pod is still there, and the newest."""
+    used = {index for pod in pods if (index := _round_of(pod, rounds)) is not None}
+    return [each for index, each in enumerate(rounds) if index in used or each is rounds[-1]]
+
+
+def _round_of(pod: Object, rounds: Sequence[ReplacedPods]) -> int | None:
+    made = _made(pod)
+    after = [
+        index
+        for index, each in enumerate(rounds)
+        if made and time_of(made) > time_of(each.made_after)
+    ]
+    return max(after, default=None)
+
+
+def _settled(counted: CountedPods) -> int:
+    """Restarts that were over when all pods last ran, with those by losses since.
+
+    What the other pods tell beyond it came with the loss that is seen next.
+    """
+    return max(counted.restarts_of_others or 0, counted.restarts_of_replaced or 0)
+
+
+def _runs_on(pods: Sequence[Object], nodes: int, now: datetime.datetime) -> bool:
+    """Whether all pods run, and no trainer ended so lately that a lost pod may not show yet."""
+    ended = last_end(pods)
+    is_quiet = ended is None or now - ended > QUIET
+    return is_quiet and running_count(pods) >= nodes
 
 
 def _restarts(pod: Object, counted: CountedPods | None) -> int:
     """Restarts of a pod's place in this attempt: its own, and those before it was made again."""
-    own = restart_count([pod])
-    made = _made(pod)
-    if counted is None or counted.replaced_after is None or made is None:
-        return own
-    replaced = time_of(made) > time_of(counted.replaced_after)
-    return own + (counted.restarts_of_replaced or 0 if replaced else 0)
+    rounds = _rounds(counted) if counted is not None else []
+    index = _round_of(pod, rounds)
+    return restart_count([pod]) + (0 if index is None else rounds[index].restarts)
 
 
 def _made(pod: Object) -> str | None:

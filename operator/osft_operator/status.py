@@ -49,7 +49,7 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
     status["pyTorchJobUID"] = current["metadata"].get("uid", "")
     if not any(find_condition(status, end)["status"] == "True" for end in ("Failed", "Complete")):
         # later ends come from our own deletion, or are of pods whose work is done
-        restarts.count(status, current, pods, replicas(current))
+        restarts.count(status, current, pods, replicas(current), now)
         if (ended := failure.cause(pods)) is not None:
             status["failure"] = ended.to_status()
     # whoever answers now has gone on from the last words of before

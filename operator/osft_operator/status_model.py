@@ -147,6 +147,15 @@ class FailureStatus(Part):
     """Its last words."""
 
 
+class ReplacedPods(Part):
+    """Pods of an attempt that were made again after one event."""
+
+    made_after: Time
+    """They were made after this time."""
+    restarts: int = Field(ge=0)
+    """Restarts of the attempt until then, which their own come on top of."""
+
+
 class CountedPods(Part):
     """Which pods of the attempt the number of restarts was counted on."""
 
@@ -157,7 +166,9 @@ class CountedPods(Part):
     restarts_of_replaced: int | None = Field(default=None, ge=0)
     """Restarts of the attempt until those were made, which their own come on top of."""
     restarts_of_others: int | None = Field(default=None, ge=0)
-    """Restarts that the pods which were not replaced had told of by then."""
+    """Restarts of the attempt when all its pods last ran, with one for each loss since."""
+    earlier_replaced: Annotated[list[ReplacedPods], Field(max_length=100)] | None = None
+    """Pods that were made again in earlier rounds, and are still there."""
 
 
 class JobStatus(Part):

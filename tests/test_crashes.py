@@ -25,7 +25,14 @@ pytestmark = pytest.mark.cluster
 
 AT_ONCE = 8
 """Lives that are lived beside each other."""
-CHANGING = ("lastTransitionTime", "pyTorchJobUID", "startTime", "completionTime", "newest")
+CHANGING = (
+    "lastTransitionTime",
+    "pyTorchJobUID",
+    "startTime",
+    "completionTime",
+    "newest",
+    "since",
+)
 
 
 class Crash(Exception):

@@ -67,6 +67,9 @@ def test_an_attempt_whose_owner_was_taken_off_is_not_left_to_run_beside_the_next
     assert "PyTorchJob sample is there, owned by nobody" in world.condition("Running")["message"]
     world.jobs.clear()
     world.settle()
+    assert not world.jobs, "its pod runs on"
+    world.pods = []
+    world.settle()
     assert list(world.jobs) == ["sample-a2"]
 
 

@@ -186,17 +186,21 @@ def test_a_lost_status_is_found_again() -> None:
     assert world.status["phase"] == "Running"
 
 
+HAPPENINGS = ("fail", "die", "suspend", "resume", "delete", "run", "pods end", "node lost")
+
+
 @settings(max_examples=examples(80), deadline=None, phases=[Phase.generate])
 @given(
     crashes=st.lists(st.sampled_from(["none", "before", "between"]), max_size=30),
     happenings=st.lists(
-        st.sampled_from(["fail", "die", "suspend", "resume", "delete", "run", "nothing"]),
+        st.sampled_from([*HAPPENINGS, "nothing"]),
         max_size=12,
     ),
 )
 def test_crashes_at_any_point_change_nothing(crashes: list[str], happenings: list[str]) -> None:
     """With crashes anywhere: never two attempts at once, and the budget holds."""
     world = World({"spec.maxRestarts": 3})
+    world.lingers = True
     pending = list(crashes)
     for happening in [*happenings, "nothing"]:
         _happen(world, happening)
@@ -204,8 +208,10 @@ def test_crashes_at_any_point_change_nothing(crashes: list[str], happenings: lis
             crash = pending.pop() if pending else "none"
             world.wait(7)
             world.step(act=crash != "before", record=crash == "none")
-            assert len(world.jobs) <= 1
+            _invariants(world, crashed=crash != "none")
     world.edit(suspend=False)
+    world.settle()
+    world.pods_end()
     world.settle()
     world.wait(300)
     world.settle()
@@ -214,18 +220,39 @@ def test_crashes_at_any_point_change_nothing(crashes: list[str], happenings: lis
     assert world.made <= 4 + happenings.count("resume") + happenings.count("delete")
 
 
+def _invariants(world: World, *, crashed: bool) -> None:
+    """One attempt at a time, counted in pods; and whoever waits says for what, and since when."""
+    assert len(world.jobs) <= 1
+    attempts = {pod["metadata"]["labels"]["osft.dev/attempt"] for pod in world.pods}
+    attempts |= {job["metadata"]["labels"]["osft.dev/attempt"] for job in world.jobs.values()}
+    assert len(attempts) <= 1, attempts
+    phase = world.status.get("phase")
+    if crashed or phase in ("Running", "Succeeded", "Failed"):
+        return
+    waits = world.status["waitingFor"]
+    assert waits["kind"]
+    assert waits["name"]
+    assert waits["since"] <= text_of(world.now)
+    assert world.status["reason"]
+
+
 def _happen(world: World, happening: str) -> None:
     name = next(iter(world.jobs), None)
     if happening in ("suspend", "resume"):
         world.edit(suspend=happening == "suspend")
+    elif happening == "pods end":
+        world.pods_end()
+    elif happening == "node lost" and world.pods:
+        world.pods[0]["status"]["reason"] = "NodeLost"
     elif name is None:
         return
     elif happening == "run":
-        world.run_pods(name)
+        if not world.pods and not world.jobs[name]["spec"]["runPolicy"].get("suspend"):
+            world.run_pods(name)
     elif happening == "die" and world.pods:
         world.end(75)
     elif happening == "fail":
         world.tell(name, "Failed")
     elif happening == "delete":
+        world.delete_pods(name)
         world.jobs.clear()
-        world.pods = []

@@ -47,6 +47,8 @@ class World:
         self.made = 0
         self.events: list[str] = []
         self.gone = False
+        self.lingers = False
+        """Whether pods that are deleted save first, until `pods_end`; and PyTorchJobs with them."""
 
     @property
     def status(self) -> Object:
@@ -82,9 +84,9 @@ class World:
     def settle(self) -> Decision:
         """Passes until one changes nothing."""
         for _ in range(12):
-            before = (copy.deepcopy(self.status), self.made, sorted(self.jobs))
+            before = copy.deepcopy((self.status, self.made, self.jobs, self.pods))
             decision = self.step()
-            if before == (self.status, self.made, sorted(self.jobs)):
+            if before == (self.status, self.made, self.jobs, self.pods):
                 return decision
         raise AssertionError(f"no end of changes: {self.status}")
 
@@ -114,6 +116,26 @@ class World:
         status["lastState"] = {"terminated": ended}
         status["restartCount"] += 1
 
+    def delete_pods(self, name: str, grace_seconds: int = 600) -> None:
+        """The pods of a PyTorchJob are told to end."""
+        if not self.lingers:
+            self.pods = []
+        until = text_of(self.now + datetime.timedelta(seconds=grace_seconds))
+        for pod in self.pods:
+            if pod["metadata"]["ownerReferences"][0]["name"] == name:
+                pod["metadata"].setdefault("deletionTimestamp", until)
+                pod["metadata"].setdefault("deletionGracePeriodSeconds", grace_seconds)
+
+    def pods_end(self) -> None:
+        """Pods that were told to end have ended, and the PyTorchJobs that waited for them."""
+        self.pods = [pod for pod in self.pods if "deletionTimestamp" not in pod["metadata"]]
+        left = {pod["metadata"]["ownerReferences"][0]["name"] for pod in self.pods}
+        self.jobs = {
+            name: job
+            for name, job in self.jobs.items()
+            if "deletionTimestamp" not in job["metadata"] or name in left
+        }
+
     def tell(self, name: str, condition: str, message: str = "") -> None:
         """The training-operator says something about a PyTorchJob."""
         status = self.jobs[name].setdefault("status", {})
@@ -129,13 +151,17 @@ class World:
                 "name": f"{name}-{kind}-{number}",
                 "labels": {
                     "osft.dev/job": "sample",
+                    "osft.dev/attempt": name.partition("-a")[2] or "1",
                     "training.kubeflow.org/replica-type": kind,
                     "training.kubeflow.org/replica-index": str(number),
                 },
                 "uid": f"{name}-{index}-{text_of(self.now)}",
                 "creationTimestamp": text_of(self.now),
-                "ownerReferences": [{"controller": True, "uid": job_uid}],
+                "ownerReferences": [
+                    {"controller": True, "kind": "PyTorchJob", "name": name, "uid": job_uid}
+                ],
             },
+            "spec": {"nodeName": "node-1"},
             "status": {
                 "phase": "Running",
                 "podIP": f"10.0.0.{index + 1}",
@@ -162,11 +188,15 @@ class World:
             case SuspendPyTorchJob(name, uid, suspend):
                 assert self.jobs[name]["metadata"]["uid"] == uid
                 self.jobs[name]["spec"]["runPolicy"]["suspend"] = suspend
-                self.pods = []
+                if suspend:
+                    self.delete_pods(name)
             case DeletePyTorchJob(name, uid):
                 assert self.jobs[name]["metadata"]["uid"] == uid
-                del self.jobs[name]
-                self.pods = []
+                self.delete_pods(name)
+                if self.lingers and self.pods:
+                    self.jobs[name]["metadata"]["deletionTimestamp"] = text_of(self.now)
+                else:
+                    del self.jobs[name]
             case DeleteOSFTJob(uid):
                 assert uid == "uid-1"
                 self.gone = True

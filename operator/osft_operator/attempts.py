@@ -11,7 +11,7 @@ import datetime
 
 from osft_operator import names
 from osft_operator.draft import Draft
-from osft_operator.observed import text_of
+from osft_operator.observed import find_condition, text_of
 from osft_operator.restarts import wait_seconds
 from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import duration
@@ -24,6 +24,7 @@ def record(draft: Draft, attempt: int) -> None:
     draft.status["restartsBeforeAttempt"] = draft.status["restarts"]
     for field in ("pyTorchJobUID", "countedPods", "nextAttemptTime"):
         draft.status.pop(field, None)
+    draft.waits_for("PyTorchJob", draft.status["pyTorchJobName"])
     draft.look_again(0)
 
 
@@ -48,4 +49,7 @@ def wait_is_over(draft: Draft) -> bool:
     left = 0.0 if due is None else -draft.seconds_since(due)
     if left > 0:
         draft.look_again(left)
+        if find_condition(draft.status, "Running")["reason"] != "Restarting":
+            words = f"attempt {draft.status['attempt']} follows at {due}"
+            draft.condition("Running", "False", "Restarting", words)
     return left <= 0

@@ -62,6 +62,8 @@ def decide(observed: Observed, now: datetime.datetime) -> Decision:
         steps.follow(draft, RunPolicy.of(observed.body), job)
     elif job is not None:
         steps.begin(draft, job)
+    else:
+        draft.waits_for(names.KIND, observed.name)
     return draft.decision()
 
 

@@ -10,9 +10,25 @@ import datetime
 
 from osft_operator.actions import Action, Decision, Event, PollTarget
 from osft_operator.observed import Observed, find_condition, text_of, time_of
-from osft_operator.status import CONDITIONS, derive, set_condition, set_phase
+from osft_operator.status import (
+    CONDITIONS,
+    ENDING,
+    derive,
+    set_condition,
+    set_phase,
+    wait_for,
+)
 
-QUIET = ("NotYet", "Starting", "PodsStarting", "Waiting", "Suspended", "Failed", "Complete")
+QUIET = (
+    "NotYet",
+    "Starting",
+    "PodsStarting",
+    "PodsStopping",
+    "Waiting",
+    "Suspended",
+    "Failed",
+    "Complete",
+)
 """Reasons of Running=False that are no news of their own, and Running=True after them is none: the
 status says so, and each event is one more object for the cluster to hold."""
 
@@ -25,6 +41,8 @@ class Draft:
         self.now = now
         self.now_text = text_of(now)
         self.status = derive(observed, now)
+        # whatever still waits says so again
+        self.status.pop("waitingFor", None)
         self.actions: list[Action] = []
         self.poll: tuple[PollTarget, ...] = ()
         self._requeue: float | None = None
@@ -33,6 +51,19 @@ class Draft:
         """Say one thing about the job."""
         generation = self.observed.generation
         set_condition(self.status, generation, self.now, kind, value, reason, message)
+
+    def waits_for(self, kind: str, name: str, since: str | None = None) -> str:
+        """Name the object that must change before the job goes on.
+
+        Args:
+            kind: its kind.
+            name: its name.
+            since: since when it is so; absent: since it was first named.
+
+        Returns:
+            Since when it has been waited for.
+        """
+        return wait_for(self.status, self.observed.status, kind, name, since or self.now_text)
 
     def do(self, *actions: Action) -> None:
         """Do something in this pass."""
@@ -78,6 +109,8 @@ class Draft:
         if kind == "Running" and status == "True":
             is_over = self.recorded(kind)[1] not in (None, *QUIET)
             return Event("Normal", "Running", message) if is_over else None
+        if kind == "Running" and reason == "Restarting" and self.recorded(kind)[1] in ENDING:
+            return None  # the same restart, which has waited for pods of before
         if kind == "Running" and reason not in QUIET:
             return Event("Warning", reason, message)
         if kind == "Stalled" and (status == "True" or reason == "Progressing"):

@@ -34,20 +34,35 @@ def look(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> N
     if running >= nodes:
         draft.condition("Running", "True", "PodsRunning", count)
     elif (trouble := _trouble(draft, pods)) is not None:
-        draft.condition("Running", "False", *trouble)
+        draft.condition("Running", "False", trouble.reason, trouble.words)
+        draft.waits_for(trouble.kind, trouble.name, trouble.since)
         draft.look_again(LONG_SECONDS)
-    elif failure.is_restarting(pods) or is_true(current, "Restarting"):
-        ended = failure.cause(pods)
-        draft.condition("Running", "False", "Restarting", ended.words() if ended else count)
-    elif not pods:
+    elif not pods and not is_true(current, "Restarting"):
         _without_pods(draft, current)
-    elif draft.recorded("Running")[1] != "Restarting":
+    else:
+        _say_which_start(draft, current, pods, count)
+    draft.poll = poll_targets(run, current, pods)
+
+
+def _say_which_start(draft: Draft, current: Object, pods: list[Object], count: str) -> None:
+    """Nothing is known to be wrong: a pod is young, or its trainer is started again."""
+    late = [pod for pod in pods if not failure.running_count([pod])]
+    if late:
+        draft.waits_for("Pod", late[0]["metadata"]["name"])
+    else:
+        draft.waits_for("PyTorchJob", current["metadata"]["name"])
+    ended = failure.cause(pods)
+    if failure.is_restarting(pods) or is_true(current, "Restarting"):
+        draft.condition("Running", "False", "Restarting", ended.words() if ended else count)
+    elif draft.recorded("Running")[1] == "Restarting":
+        # still the way back to where it was, and not the words of what happened before it
+        draft.condition("Running", "False", "Restarting", count)
+    else:
         draft.condition("Running", "False", "PodsStarting", count)
-        draft.look_again(LONG_SECONDS)
-    draft.poll = _poll_targets(run, current, pods)
+    draft.look_again(LONG_SECONDS)
 
 
-def _trouble(draft: Draft, pods: list[Object]) -> waiting.Reason | None:
+def _trouble(draft: Draft, pods: list[Object]) -> waiting.Trouble | None:
     observed = draft.observed
     spec = observed.body.get("spec") or {}
     return waiting.reason(pods, spec, observed.claim, observed.news, draft.now)
@@ -58,6 +73,7 @@ def _follow_manager(draft: Draft, current: Object, manager: str) -> None:
     if is_true(current, "Running"):
         draft.condition("Running", "True", "ManagedElsewhere", f"runs where {manager} placed it")
         return
+    draft.waits_for("PyTorchJob", current["metadata"]["name"])
     said = find_condition(current.get("status") or {}, "Created").get("message")
     words = f"managed by {manager}" + (f": {failure.clean(said)}" if said else "")
     draft.condition("Running", "False", "Waiting", words)
@@ -65,6 +81,7 @@ def _follow_manager(draft: Draft, current: Object, manager: str) -> None:
 
 def _without_pods(draft: Draft, current: Object) -> None:
     made = current["metadata"].get("creationTimestamp", draft.now_text)
+    draft.waits_for("PyTorchJob", current["metadata"]["name"], made)
     left = PODS_MISSING_SECONDS - draft.seconds_since(made)
     if left > 0:
         draft.look_again(left)
@@ -77,7 +94,7 @@ def _without_pods(draft: Draft, current: Object) -> None:
     draft.look_again(LONG_SECONDS)
 
 
-def _poll_targets(run: RunPolicy, current: Object, pods: list[Object]) -> tuple[PollTarget, ...]:
+def poll_targets(run: RunPolicy, current: Object, pods: list[Object]) -> tuple[PollTarget, ...]:
     """Rank 0's pod; with c10d any pod may have it.
 
     By type and index, not by the label job-role: not every training-operator gives that to

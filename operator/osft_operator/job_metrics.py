@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from osft_operator import obstacles, resources, waiting
+from osft_operator import obstacles, predecessors, resources, waiting
 from osft_operator.metrics import registry
 from osft_operator.observed import find_condition, time_of
 
@@ -43,7 +43,7 @@ OUTCOMES = frozenset(
 """Reasons that become a label. A pod can say any word: all others count as Other."""
 WAITING = ("Pending", "Queued", "Starting")
 """Phases of a job that would like to run."""
-FOR_ITS_AUTHOR = obstacles.FOR_ITS_AUTHOR | waiting.FOR_ITS_AUTHOR
+FOR_ITS_AUTHOR = obstacles.FOR_ITS_AUTHOR | predecessors.FOR_ITS_AUTHOR | waiting.FOR_ITS_AUTHOR
 """Reasons of Running=False with which no job waits for room."""
 
 jobs = Gauge("osftjob_jobs", "OSFTJobs by phase.", ["phase"], registry=registry)

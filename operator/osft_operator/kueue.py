@@ -29,6 +29,13 @@ def words(queue: str | None, workload: Object | None) -> str:
     return f"{place}: {'; '.join(parts)}" if parts else place
 
 
+def waits_for(queue: str | None, workload: Object | None, job: Object) -> tuple[str, str]:
+    """Kind and name of the object that a suspended PyTorchJob waits for."""
+    if workload is not None:
+        return "Workload", str(workload["metadata"]["name"])
+    return ("LocalQueue", queue) if queue else ("PyTorchJob", str(job["metadata"]["name"]))
+
+
 def _part(condition: Object) -> str:
     reason, message = clean(condition.get("reason"), 64), clean(condition.get("message"), 1024)
     return f"{reason}: {message}" if message else reason

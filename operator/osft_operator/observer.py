@@ -14,7 +14,7 @@ from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
-from osft_operator.names import attempt_name, claim_name
+from osft_operator.names import JOB_LABEL, attempt_name, claim_name
 from osft_operator.observed import Observed, Said, controller
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
@@ -56,9 +56,10 @@ class Observer:
         """
         pytorch_jobs = self._pytorch_jobs(key, job)
         pods = self._cache.children(PODS, key)
+        pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)
+        pods += await self._unseen_pods(key, job, pytorch_jobs, pods)
         late = [pod for pod in pods if _is_late(pod, now)]
         newest = ""
-        pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)
         if pytorch_jobs and not pods:
             youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
             if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
@@ -123,6 +124,23 @@ class Observer:
         missing = names - {body["metadata"]["name"] for body in seen}
         found = [await self._read(key, name) for name in missing]
         return [body for body in found if body is not None]
+
+    async def _unseen_pods(
+        self, key: Key, job: Object, pytorch_jobs: Sequence[Object], seen: Sequence[Object]
+    ) -> list[Object]:
+        """Pods of earlier attempts, before another one is made and the watches tell of none.
+
+        The watch of pods may be behind that of PyTorchJobs, and a pod that still saves must not be
+        overlooked.
+        """
+        status = job.get("status") or {}
+        name = status.get("pyTorchJobName")
+        is_there = any(body["metadata"]["name"] == name for body in pytorch_jobs)
+        if seen or is_there or (status.get("attempt") or 0) <= 1 or _is_over(job):
+            return []
+        labels = f"{JOB_LABEL}={key.name}"
+        listing = await self._cluster.list_all(PODS, key.namespace, labels=labels)
+        return listing.items
 
     async def _read(self, key: Key, name: str) -> Object | None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from osft_operator import names
 from osft_operator.draft import Draft
 from osft_operator.observed import Object, controller, is_deleting, is_true
+from osft_operator.predecessors import is_of_earlier_run
 from osft_operator.render import checkpoint_claim
 from osft_operator.resolved import Resolved
 from osft_operator.resources import quantity
@@ -16,6 +17,7 @@ from osft_operator.spec import OSFTJob
 
 LONG_SECONDS = 30.0
 """Until the next look at something that a person must change."""
+PYTORCH_JOB_DEFINITION = "pytorchjobs.kubeflow.org"
 FOR_ITS_AUTHOR = frozenset(
     {
         "NameTaken",
@@ -33,6 +35,8 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
     """Say what keeps the PyTorchJob from being made, if anything does."""
     observed = draft.observed
     stranger = observed.stranger_named(name) or _disowned(draft)
+    if stranger is not None and is_of_earlier_run(observed, stranger):
+        stranger = None  # the cluster deletes it, and it is waited for
     if not observed.pytorch_job_kind_present:
         kind_is_missing(draft)
         return True
@@ -44,8 +48,10 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
             f"PyTorchJob {stranger['metadata']['name']} is there, owned by {whose}: delete it, or "
             "use another name",
         )
+        draft.waits_for("PyTorchJob", stranger["metadata"]["name"])
     elif (trouble := _claim_trouble(draft, job, resolved)) is not None:
         reason, words = trouble
+        draft.waits_for("PersistentVolumeClaim", resolved.checkpoint_claim)
     else:
         return False
     assert reason in FOR_ITS_AUTHOR, reason
@@ -58,6 +64,7 @@ def kind_is_missing(draft: Draft) -> None:
     """Say that PyTorchJobs can neither be made nor seen."""
     words = "the cluster has no PyTorchJobs (kubeflow.org/v1): install the training-operator"
     draft.condition("Running", "False", "PyTorchJobKindMissing", words)
+    draft.waits_for("CustomResourceDefinition", PYTORCH_JOB_DEFINITION)
     draft.look_again(LONG_SECONDS)
 
 

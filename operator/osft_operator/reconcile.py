@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 WRITES_PER_SECOND = 20.0
 """Status writes of all jobs together that tell nothing but how far a run is."""
-QUIET = ("progress", "countedPods", "pyTorchJobUID")
+QUIET = ("progress", "countedPods", "pyTorchJobUID", "waitingFor")
 """Parts of the status that can wait; a condition's words can, too, and how far a start is. A job
 whose pods soon run is so written three times: as it begins, runs and ends."""
 KEPT = (CreateClaim, CreatePyTorchJob, SuspendPyTorchJob)

@@ -110,7 +110,9 @@ def _numbers(status: Object) -> list[tuple[str, str]]:
 
 def _places(status: Object) -> list[tuple[str, str]]:
     checkpoint, progress = status.get("checkpoint") or {}, status.get("progress") or {}
+    waits = status.get("waitingFor") or {}
     found = [
+        ("waits for", waits and f"{waits['kind']} {waits['name']} since {waits['since']}"),
         ("attempt", status.get("pyTorchJobName")),
         ("rank 0", progress.get("pod")),
         ("checkpoint", checkpoint.get("latest")),

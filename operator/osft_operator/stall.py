@@ -21,6 +21,8 @@ LISTEN_SECONDS = 10.0
 def judge(draft: Draft, run: RunPolicy) -> None:
     """Set the condition Stalled, and restart the run where that is asked for."""
     stall = run.stall
+    if run.suspend and find_condition(draft.status, "Suspended")["status"] != "True":
+        return  # it is on its way to stand still, as it was told to
     running = find_condition(draft.status, "Running")
     here = running["status"] == "True" and running["reason"] != "ManagedElsewhere"
     if stall is None or not here:
@@ -49,6 +51,10 @@ def judge(draft: Draft, run: RunPolicy) -> None:
     elif stall.action == "Restart":
         draft.look_again(0)
     draft.condition("Stalled", "True", "NoProgress", words)
+    if draft.poll:
+        draft.waits_for("Pod", draft.poll[0].pod, _since(draft))
+    else:
+        draft.waits_for("PyTorchJob", draft.status["pyTorchJobName"], _since(draft))
 
 
 def _since(draft: Draft) -> str:

@@ -28,6 +28,12 @@ CONDITIONS = ("Accepted", "Running", "Suspended", "Stalled", "Complete", "Failed
 """All of them, in the order they are shown; each is set from the first pass on."""
 STARTING = ("Starting", "PodsStarting")
 """Reasons of Running=False while all goes as it should."""
+STUCK = ("NodeLost", "PodsNotEnding")
+"""Reasons of Running=False while a pod has to end and does not by itself."""
+SUSPENDING = "Suspending"
+"""The reason of Suspended=False, and the phase, until no pod is left of a job to be suspended."""
+ENDING = ("PodsStopping", "PodsNotEnding")
+"""Reasons of Running=False while pods of before have to end."""
 MAX_CONDITION_MESSAGE = 4096
 LARGEST_NUMBER = 1e300
 """What a pod tells beyond it says nothing, and rounding it may overflow."""
@@ -89,6 +95,26 @@ def set_condition(
     status["conditions"] = [others[each] for each in CONDITIONS if each in others]
 
 
+def wait_for(status: Status, recorded: Object, kind: str, name: str, since: str) -> str:
+    """Name what is waited for; what is recorded as waited for already keeps its time.
+
+    Args:
+        status: changed in place.
+        recorded: the status of before.
+        kind: kind of the object.
+        name: its name.
+        since: since when, if it is not recorded.
+
+    Returns:
+        Since when it has been waited for.
+    """
+    known = recorded.get("waitingFor") or {}
+    if (known.get("kind"), known.get("name")) == (kind, name):
+        since = str(known.get("since"))
+    status["waitingFor"] = {"kind": kind, "name": name, "since": since}
+    return since
+
+
 def set_phase(status: Status) -> None:
     """Phase and reason, from the conditions: Failed, Complete, Suspended, then Running's reason."""
     status["phase"], status["reason"] = phase(status)
@@ -104,14 +130,18 @@ def phase(status: Object) -> tuple[str, str]:
     if suspended.get("status") == "True":
         return ("Queued" if suspended["reason"] == "Queued" else "Suspended"), suspended["reason"]
     running, accepted = by_type["Running"], by_type["Accepted"]
+    if suspended.get("reason") == SUSPENDING:
+        stuck = running if running.get("reason") in STUCK else suspended
+        return "Suspending", stuck["reason"]
     if running.get("status") == "True":
         stalled = by_type["Stalled"]
         return "Running", (stalled if stalled.get("status") == "True" else running)["reason"]
     begun = "pyTorchJobUID" in status
     if accepted.get("status") == "False" and not begun:
         return "Pending", accepted.get("reason", "")
-    if running.get("reason") == "Restarting":
-        return "Restarting", "Restarting"
+    restarts_after = running.get("reason") in ENDING and status.get("attempt", 1) > 1
+    if running.get("reason") == "Restarting" or restarts_after:
+        return "Restarting", running["reason"]
     begun = begun or running.get("reason") in STARTING
     return ("Starting" if begun else "Pending"), running.get("reason", "")
 

@@ -24,6 +24,7 @@ Phase = Literal[
     "Starting",
     "Running",
     "Restarting",
+    "Suspending",
     "Suspended",
     "Succeeded",
     "Failed",
@@ -171,6 +172,17 @@ class CountedPods(Part):
     """Pods that were made again in earlier rounds, and are still there."""
 
 
+class WaitingFor(Part):
+    """The object that must change before the job goes on."""
+
+    kind: Annotated[str, Field(max_length=64)]
+    """Kind of the object: Pod, PyTorchJob, PersistentVolumeClaim, Workload, OSFTJob, ..."""
+    name: Annotated[str, Field(max_length=253)]
+    """Its name."""
+    since: Time
+    """Since when it has been waited for."""
+
+
 class JobStatus(Part):
     """What the operator has seen and done. Written by the operator only."""
 
@@ -178,6 +190,8 @@ class JobStatus(Part):
     """One word for people, worked out from the conditions."""
     reason: Reason | None = None
     """Why the job is in this phase."""
+    waiting_for: WaitingFor | None = None
+    """What a job that does not run waits for, and since when; reason and conditions say why."""
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
     """Accepted, Running, Suspended, Stalled, Complete, Failed. Wait for Complete or Failed."""
     observed_generation: int | None = None

@@ -7,12 +7,11 @@ it is recorded.
 
 from __future__ import annotations
 
-from osft_operator import attempts, endings, failure, gang, kueue, names, stall
+from osft_operator import attempts, endings, failure, gang, names, predecessors, stall, suspension
 from osft_operator.actions import (
     CreateClaim,
     CreatePyTorchJob,
     DeletePyTorchJob,
-    SuspendPyTorchJob,
 )
 from osft_operator.draft import Draft
 from osft_operator.observed import (
@@ -23,33 +22,32 @@ from osft_operator.observed import (
     is_true,
     time_of,
 )
-from osft_operator.obstacles import LONG_SECONDS, in_the_way, kind_is_missing
+from osft_operator.obstacles import in_the_way, kind_is_missing
 from osft_operator.render import checkpoint_claim, pytorch_job
 from osft_operator.resolved import Resolved, resolve
 from osft_operator.restarts import beyond_budget
 from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob
 
-QUEUE_SECONDS = 300.0
-"""Longest wait between two looks at what Kueue says."""
+MAKING = "the PyTorchJob is being made"
 SHORT_SECONDS = 10.0
 """Until the next look at something that goes away by itself."""
-SUSPENDED_BY_USER = "SuspendRequested"
 
 
 def begin(draft: Draft, job: OSFTJob) -> None:
     """Record the first attempt, once nothing is in its way."""
     if job.spec.suspend:
-        draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
+        suspension.done(draft)
         return
     draft.condition("Suspended", "False", "NotSuspended")
     resolved = resolve(job, draft.observed.settings)
-    if in_the_way(draft, job, resolved, job.metadata.name):
+    name = job.metadata.name
+    if in_the_way(draft, job, resolved, name) or predecessors.are_left(draft, name):
         return
     draft.status["resolved"] = resolved.to_status()
     draft.status["startTime"] = draft.now_text
     attempts.record(draft, 1)
-    draft.condition("Running", "False", "Starting", "the PyTorchJob is being made")
+    draft.condition("Running", "False", "Starting", MAKING)
 
 
 def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
@@ -66,15 +64,17 @@ def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
     current = draft.observed.job_named(name)
     if current is None and not run.suspend and _past_deadline(draft, run):
         return
-    if _earlier_attempts_remain(draft, name):
+    if _earlier_attempts_remain(draft, name) or (
+        current is None and run.suspend and predecessors.are_left(draft, name)
+    ):
+        suspension.under_way(draft, run)
         return
     if current is not None:
         if (current["metadata"].get("labels") or {}).get(names.JOB_LABEL) != draft.observed.name:
             draft.look_again(SHORT_SECONDS)  # no watch tells of it
         _watch(draft, run, current)
     elif run.suspend:
-        draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
-        draft.condition("Running", "False", "Suspended")
+        suspension.done(draft)
     elif "pyTorchJobUID" in draft.status and not draft.observed.pytorch_job_kind_present:
         # nobody can say whether it is gone
         kind_is_missing(draft)
@@ -89,17 +89,21 @@ def follow(draft: Draft, run: RunPolicy, job: OSFTJob | None) -> None:
 def _earlier_attempts_remain(draft: Draft, name: str) -> bool:
     """Two attempts never run at once: they would write to one folder."""
     earlier = [job for job in draft.observed.own_jobs() if job["metadata"]["name"] != name]
+    going = [job for job in earlier if is_deleting(job)]
     for job in earlier:
-        if not is_deleting(job):
+        if job not in going:
             draft.do(DeletePyTorchJob(job["metadata"]["name"], job["metadata"].get("uid", "")))
-    if earlier:
-        draft.look_again(SHORT_SECONDS)
+            draft.waits_for("PyTorchJob", name)
+            draft.look_again(SHORT_SECONDS)
+    if going:
+        pods = [pod for job in going for pod in draft.observed.pods_of(job)]
+        predecessors.explain(draft, going, pods)
     return bool(earlier)
 
 
 def _replace_missing(draft: Draft, run: RunPolicy) -> None:
     """The attempt's PyTorchJob was there and is gone: by us to suspend, or by somebody."""
-    if draft.recorded("Suspended") == ("True", SUSPENDED_BY_USER):
+    if suspension.is_users(draft):
         draft.condition("Suspended", "False", "Resumed")
         attempts.record(draft, draft.status["attempt"] + 1)
         draft.condition("Running", "False", "Starting", "the PyTorchJob is being made again")
@@ -111,13 +115,21 @@ def _replace_missing(draft: Draft, run: RunPolicy) -> None:
 
 
 def _create(draft: Draft, job: OSFTJob | None, name: str) -> None:
-    if draft.recorded("Suspended")[0] == "True":
+    if draft.recorded("Suspended")[0] == "True" or suspension.is_users(draft):
         draft.condition("Suspended", "False", "Resumed")
     if job is None:
-        return  # the condition Accepted says why, and a changed spec or operator is news
-    resolved = Resolved.model_validate(draft.status["resolved"])
-    if in_the_way(draft, job, resolved, name) or not attempts.wait_is_over(draft):
+        # the condition Accepted says why, and a changed spec or operator is news
+        draft.waits_for(names.KIND, draft.observed.name)
         return
+    resolved = Resolved.model_validate(draft.status["resolved"])
+    if in_the_way(draft, job, resolved, name) or predecessors.are_left(draft, name):
+        return
+    draft.waits_for("PyTorchJob", name)
+    if not attempts.wait_is_over(draft):
+        return
+    if find_condition(draft.status, "Running")["reason"] not in ("Starting", "Restarting"):
+        # what stood in its way does so no more
+        draft.condition("Running", "False", "Starting", MAKING)
     claim = checkpoint_claim(job, resolved)
     if claim is not None and draft.observed.claim is None:
         draft.do(CreateClaim(claim))
@@ -134,7 +146,7 @@ def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
         endings.fail_by_pods(draft, pods)
     elif is_deleting(current):
         if not _past_deadline(draft, run):
-            _see_off(draft, run)
+            _see_off(draft, run, current, pods)
     elif is_true(current, "Failed"):
         condition = find_condition(current["status"], "Failed")
         why = ended.words() if ended else failure.clean(condition.get("message"))
@@ -148,16 +160,16 @@ def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
         _suspend_or_run(draft, run, current, pods)
 
 
-def _see_off(draft: Draft, run: RunPolicy) -> None:
-    draft.condition("Running", "False", "Waiting", "the PyTorchJob is being deleted")
-    if run.suspend:
-        draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
+def _see_off(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
+    predecessors.explain(draft, [current], pods)
+    suspension.under_way(draft, run)
 
 
 def _past_deadline(draft: Draft, run: RunPolicy) -> bool:
     """Fail a job that was active for too long; time in a queue or suspended does not count."""
     limit = run.active_deadline_seconds
-    if limit is None or find_condition(draft.status, "Suspended")["status"] == "True":
+    is_suspended_now = find_condition(draft.status, "Suspended")["status"] == "True"
+    if limit is None or run.suspend or is_suspended_now:
         return False
     resumed = find_condition(draft.status, "Suspended")["lastTransitionTime"]
     since = max(draft.status["startTime"], resumed, key=time_of)
@@ -171,27 +183,14 @@ def _past_deadline(draft: Draft, run: RunPolicy) -> bool:
 
 
 def _suspend_or_run(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
-    metadata, suspended = current["metadata"], is_suspended(current)
-    recorded = draft.recorded("Suspended")
     if run.suspend:
-        draft.condition("Suspended", "True", SUSPENDED_BY_USER, "spec.suspend is true")
-        draft.condition("Running", "False", "Suspended")
-        if recorded != ("True", SUSPENDED_BY_USER):
-            draft.look_again(0)
-        elif run.queue_name is not None:
-            # Kueue would take back a suspension; deleting gives the quota back
-            draft.do(DeletePyTorchJob(metadata["name"], metadata.get("uid", "")))
-        elif not suspended:
-            draft.do(SuspendPyTorchJob(metadata["name"], metadata.get("uid", ""), True))
-    elif suspended and recorded == ("True", SUSPENDED_BY_USER) and run.queue_name is None:
-        draft.do(SuspendPyTorchJob(metadata["name"], metadata.get("uid", ""), False))
+        suspension.suspend(draft, run, current, pods)
+        return
+    suspended, recorded = is_suspended(current), draft.recorded("Suspended")
+    if suspended and suspension.is_users(draft) and run.queue_name is None:
+        suspension.resume(draft, run, current, pods)
     elif suspended:
-        words = kueue.words(run.queue_name, draft.observed.workload)
-        draft.condition("Suspended", "True", "Queued", words)
-        draft.condition("Running", "False", "Waiting")
-        # nothing is heard of Workloads, so they are read; less often the longer it takes
-        since = find_condition(draft.status, "Suspended")["lastTransitionTime"]
-        draft.look_again(min(max(LONG_SECONDS, draft.seconds_since(since) / 4), QUEUE_SECONDS))
+        suspension.wait_in_queue(draft, run, current)
     else:
         reason = "Resumed" if recorded[0] == "True" else "NotSuspended"
         if recorded != ("False", "Resumed"):

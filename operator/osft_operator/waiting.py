@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from osft_operator.failure import clean, is_lost, word
-from osft_operator.observed import Object, Said, is_deleting, time_of
+from osft_operator.observed import Object, Said, find_condition, is_deleting, time_of
 from osft_trainer.report import duration
 
 Reason = tuple[str, str]
 """One word for a condition, and a sentence for people."""
+
+
+class Trouble(NamedTuple):
+    """Why the pods do not start, and which object is waited for."""
+
+    reason: str
+    words: str
+    kind: str
+    name: str
+    since: str | None
+    """Since when, where the object tells."""
+
 
 PROBLEMS = (
     "ImagePullBackOff",
@@ -56,7 +68,7 @@ def reason(
     claim: Object | None,
     news: Mapping[str, Said],
     now: datetime.datetime,
-) -> Reason | None:
+) -> Trouble | None:
     """Why the pods do not start; None when nothing is known to be wrong.
 
     Args:
@@ -68,19 +80,51 @@ def reason(
     """
     pending = [pod for pod in pods if not is_deleting(pod) and _phase(pod) in ("Pending", "")]
     unknown = list(filter(is_lost, pods))
-    for look in (
+    looks: tuple[Callable[[Object], Reason | None], ...] = (
         lambda pod: _of_containers(pod, spec),
         lambda pod: _of_scheduler(pod, claim, news),
         lambda pod: _of_slow_init(pod, now),
         lambda pod: _of_event(pod, news.get(pod["metadata"].get("uid", "")), spec),
-    ):
-        found = next(filter(None, map(look, pending)), None)
-        if found is not None:
-            return found
+    )
+    for look in looks:
+        for pod in pending:
+            if (found := look(pod)) is not None:
+                return _trouble(pod, claim, *found)
     if unknown:
-        name = unknown[0]["metadata"]["name"]
-        return "NodeLost", f"pod {name}: its node does not answer"
+        pod = unknown[0]
+        return Trouble(
+            "NodeLost", lost_words(pod), "Pod", pod["metadata"]["name"], _silent_since(pod)
+        )
     return None
+
+
+def _trouble(pod: Object, claim: Object | None, reason: str, words: str) -> Trouble:
+    if reason == "ClaimPending" and claim is not None:
+        metadata = claim["metadata"]
+        made = metadata.get("creationTimestamp")
+        return Trouble(reason, words, "PersistentVolumeClaim", metadata["name"], made)
+    metadata = pod["metadata"]
+    return Trouble(reason, words, "Pod", metadata["name"], metadata.get("creationTimestamp"))
+
+
+def lost_words(pod: Object) -> str:
+    """What can be said and done about a pod whose node does not answer."""
+    metadata = pod["metadata"]
+    name, space = metadata["name"], metadata.get("namespace", "NAMESPACE")
+    node = (pod.get("spec") or {}).get("nodeName")
+    since = _silent_since(pod) or metadata.get("deletionTimestamp")
+    return (
+        f"pod {name}: its node{f' {node}' if node else ''} does not answer"
+        f"{f' since {since}' if since else ''}, so nobody can say whether the pod still runs. Once "
+        f"the node is certainly off: kubectl delete pod {name} -n {space} --force --grace-period=0"
+        f", or for all of its pods: kubectl taint nodes {node or 'NODE'} "
+        "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+    )
+
+
+def _silent_since(pod: Object) -> str | None:
+    when = find_condition(pod.get("status") or {}, "Ready").get("lastTransitionTime")
+    return str(when) if when and is_lost(pod) else None
 
 
 def _of_containers(pod: Object, spec: Mapping[str, Any]) -> Reason | None:

@@ -63,6 +63,19 @@ def test_defaults_are_visible_and_status_has_none() -> None:
     assert [path for path, field in FIELDS if ".status" in path and "default" in field] == []
 
 
+def test_nothing_is_filled_in_inside_of_lists() -> None:
+    """Argo CD compares lists whole: a default in one is a difference that no sync removes."""
+    filled = [path for path, field in FIELDS if "[]" in path and "default" in field]
+    assert filled == []
+    assert any(path.endswith("mounts[].readOnly") for path, _ in FIELDS)
+    mount = {"name": "m", "claimName": "c", "mountPath": "/m"}
+    assert (
+        OSFTJob.model_validate(job({"spec.storage.mounts": [mount]}))
+        .spec.storage.mounts[0]
+        .read_only
+    )
+
+
 def test_plain_kubectl_can_apply_it() -> None:
     assert len(crd.crd_yaml().encode()) < 128 * 1024, "kubectl keeps a copy in an annotation"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from osft_operator import names
+from osft_operator.crd_fixed import FIXED
 from osft_operator.crd_rules import RULES
 from osft_operator.crd_schema import structural
 from osft_operator.spec import JobSpec
@@ -113,7 +114,7 @@ def schema() -> Object:
     for path, key in LIST_KEYS.items():
         keyed = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
         _at(root, path).update(keyed)
-    for rule in RULES:
+    for rule in (*RULES, *FIXED):
         _at(root, rule.at).setdefault("x-kubernetes-validations", []).append(rule.to_dict())
     return root
 

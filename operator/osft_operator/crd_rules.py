@@ -35,22 +35,6 @@ class Rule:
         return {**entry, "fieldPath": self.field} if self.field else entry
 
 
-def _fixed(path: str) -> Rule:
-    """What defines the training does not change after the start."""
-    parts = path.split(".")
-    now, before = f"self.{path}", f"oldSelf.{path}"
-    same = f"{now} == {before}"
-    if parts[-1] in ("image", "nprocPerNode"):  # may be absent
-        same = f"has({now}) == has({before}) && (!has({now}) || {same})"
-    return Rule(
-        "",
-        f"!has(oldSelf.status) || !has(oldSelf.status.startTime) || ({same})",
-        f"{path} is fixed once the run has started (status.startTime); delete the OSFTJob and "
-        "create it anew, or create another",
-        f".{path}",
-    )
-
-
 def _exactly_one(at: str, *fields: str) -> Rule:
     count = " + ".join(f"(has(self.{field}) ? 1 : 0)" for field in fields)
     return Rule(
@@ -173,18 +157,6 @@ RULES = [
         f"letter or digit, and have at most {names.MAX_NAME_LENGTH} characters: choose a shorter "
         "or plainer name",
         ".metadata.name",
-    ),
-    *map(
-        _fixed,
-        (
-            "spec.training",
-            "spec.nnodes",
-            "spec.nprocPerNode",
-            "spec.rendezvous",
-            "spec.image",
-            "spec.storage",
-            "spec.onExistingRun",
-        ),
     ),
     Rule(
         "spec",

@@ -37,7 +37,7 @@ def _convert(node: Object, definitions: Object) -> Object:
         small = abs(result.get("maximum", 2**63)) < 2**31
         result["format"] = "int32" if small else "int64"
     if "items" in result:
-        result["items"] = _convert(result["items"], definitions)
+        result["items"] = _without_defaults(_convert(result["items"], definitions))
     if "properties" in result:
         fields = {name: _convert(part, definitions) for name, part in node["properties"].items()}
         result["properties"] = fields
@@ -51,6 +51,23 @@ def _convert(node: Object, definitions: Object) -> Object:
     if result.get("default", 0) in (None, ""):
         del result["default"]
     return result
+
+
+def _without_defaults(item: Object) -> Object:
+    """An entry of a list, as its author wrote it.
+
+    Tools that compare what is applied with what is there compare a list whole, so one field that
+    the server fills in would make every list differ from its source for ever.
+    """
+    fields = {
+        name: _without_defaults(each) if isinstance(each, dict) else each
+        for name, each in item.items()
+        if name != "default"
+    }
+    if "properties" in item:
+        properties = item["properties"].items()
+        fields["properties"] = {name: _without_defaults(each) for name, each in properties}
+    return fields
 
 
 def _inlined(node: Object, definitions: Object) -> Object:

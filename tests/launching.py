@@ -18,6 +18,9 @@ from osft_trainer import launch, shared_folder
 from osft_trainer.parallel import start_world, stop_world
 from osft_trainer.report import TERMINATION_LOG_ENV, Termination, read_document
 
+_LISTENING = "0A"
+"""The kernel's number of that state of a socket, in /proc/net/tcp."""
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _TOLD_RANK = (sys.executable, str(Path(__file__).with_name("told_rank.py")))
 
@@ -91,6 +94,35 @@ def is_alive(pid: int) -> bool:
 
 def children(pid: int | None) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def listeners(pid: int) -> set[tuple[str, int]]:
+    """Address and port of every TCP socket on which a process or a descendant of it listens."""
+    ours = {pid}
+    for parent in list(ours):
+        ours |= descendants(parent)
+    inodes = {
+        os.readlink(handle).removeprefix("socket:[").removesuffix("]")
+        for process in ours
+        for handle in Path(f"/proc/{process}/fd").iterdir()
+        if handle.is_symlink()
+    }
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENING and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                words = [
+                    bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)
+                ]
+                found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    found = set(children(pid))
+    return found.union(*(descendants(child) for child in found))
 
 
 def free_port() -> int:

@@ -24,7 +24,7 @@ from osft_trainer.report import (
     Verdict,
     read_document,
 )
-from osft_trainer.topology import Topology, resolve, usable_cpus
+from osft_trainer.topology import ALONE, Topology, resolve, usable_cpus
 
 MASTER = {"PET_NNODES": "2", "PET_MASTER_ADDR": "job-master-0", "PET_MASTER_PORT": "23456"}
 
@@ -36,7 +36,7 @@ def settle(environ: dict[str, str], gpus: int = 0, **given: object) -> Topology:
 def test_nothing_given_is_one_process_that_meets_nobody() -> None:
     found = settle({})
     assert found.is_single_process
-    assert (found.backend, found.endpoint, found.max_restarts) == ("c10d", "localhost:0", 0)
+    assert (found.backend, found.endpoint, found.max_restarts) == ("c10d", ALONE, 0)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,15 @@ def test_nothing_given_is_one_process_that_meets_nobody() -> None:
 )
 def test_processes_are_counted_by_gpus_never_by_cpus(asked: str, gpus: int, count: int) -> None:
     assert settle({"PET_NPROC_PER_NODE": asked}, gpus).nproc_per_node == count
+
+
+@pytest.mark.parametrize(
+    "given", [{"rdzv_endpoint": "0.0.0.0:1"}, {"master_addr": "host", "master_port": 7}]
+)
+def test_a_node_that_is_alone_opens_no_meeting_point(given: dict[str, object]) -> None:
+    environ = {"PET_RDZV_ENDPOINT": "job-worker-0:23456", "PET_NNODES": "1:1"}
+    for found in (settle(environ), settle({}, **given), settle({"PET_MASTER_ADDR": "h"}, **given)):
+        assert (found.backend, found.endpoint) == ("c10d", ALONE)
 
 
 def test_parameters_beat_the_environment() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 import tiny
-from launching import free_port
+from launching import free_port, listeners
 from osft_trainer.report import ExitCode, Progress, RunFolder, read_document
 
 
@@ -83,9 +83,13 @@ def test_two_ranks_prepare_once_and_serve_what_became_of_the_data(tmp_path: Path
             wait_for_lines(folder.metrics, 1, launcher)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answered:
                 lines = answered.read().decode().splitlines()
+            open_to = listeners(launcher.pid)
         finally:
             launcher.terminate()
             launcher.wait(60)
+    # Gloo and the metrics; nothing of torch's rendezvous, and nothing for other machines.
+    assert ("127.0.0.1", port) in open_to
+    assert {address for address, _ in open_to} == {"127.0.0.1"}
     assert log.read_text().count(f"prepared {data}: ") == 1
     wanted = {"Samples": len(usable), "SkippedBad": 2, "DroppedOverlong": 1, "Truncated": 0}
     for name, count in wanted.items():

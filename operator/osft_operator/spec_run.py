@@ -17,7 +17,8 @@ class Rendezvous(JobPart):
     """How the processes of all nodes find each other."""
 
     backend: Literal["static", "c10d"] = "static"
-    """static: ranks follow the pods' numbers. c10d: the nodes agree on ranks among themselves."""
+    """static: ranks follow the pods' numbers. c10d: the nodes agree on ranks among themselves; for
+    closed networks only, since torch unpickles what whoever reaches the port writes there."""
     port: int = Field(default=23456, ge=1024, le=65535)
     """Port of the first node's store."""
     timeout_seconds: int = Field(default=600, ge=10, le=86400)

@@ -341,7 +341,8 @@ class LaunchParameters(Parameters):
     rdzv_id: str | int | None = None
     """Name of the rendezvous, equal on all nodes."""
     rdzv_endpoint: Annotated[str, Field(max_length=512)] | None = None
-    """HOST:PORT of a c10d rendezvous. Excludes master_addr."""
+    """HOST:PORT of a c10d rendezvous. Excludes master_addr. For closed networks only: torch
+    unpickles what whoever reaches this port writes there. One node opens no such port."""
     master_addr: Annotated[str, Field(max_length=512)] | None = None
     """Host of node 0 for a static rendezvous. Excludes rdzv_endpoint."""
     master_port: int | None = Field(default=None, ge=1, le=65535)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from osft_trainer import last_words
 from osft_trainer.last_words import LastWords
 from osft_trainer.report import ExitCode
-from osft_trainer.topology import ALONE, Topology
+from osft_trainer.topology import ALONE, STORE_FILE_ENV, Topology
 
 STUCK_SECONDS = 2.0
 """A launcher that has not noticed a signal after this waits for other nodes inside torch."""
@@ -63,7 +64,7 @@ def run_ranks(
         The words of the first failed rank, of the first rank when all is well; or Stopped.
     """
     config = _launch_config(topology, reports)
-    with _raise_on_signals(leave_stuck) as asked:
+    with _closed(topology, reports), _raise_on_signals(leave_stuck) as asked:
         try:
             asked.arm()
             elastic_launch(config, command[0])(*command[1:])
@@ -88,13 +89,16 @@ def _launch_config(topology: Topology, reports: Path) -> LaunchConfig:
     configs: dict[str, Any] = dict(topology.rdzv_conf)
     if topology.backend == "static":
         configs["rank"] = topology.node_rank
+    endpoint = topology.endpoint
+    if endpoint == ALONE:
+        configs["store_type"], endpoint = "file", str(reports / "rendezvous")
     return LaunchConfig(
         min_nodes=topology.min_nodes,
         max_nodes=topology.max_nodes,
         nproc_per_node=topology.nproc_per_node,
         run_id=topology.rdzv_id,
         role="osft",
-        rdzv_endpoint=topology.endpoint,
+        rdzv_endpoint=endpoint,
         rdzv_backend=topology.backend,
         rdzv_configs=configs,
         max_restarts=topology.max_restarts,
@@ -104,6 +108,32 @@ def _launch_config(topology: Topology, reports: Path) -> LaunchConfig:
         # torch replaces the handlers of what is named here; the launcher keeps its own.
         signals_to_handle="SIGUSR2",
     )
+
+
+@contextlib.contextmanager
+def _closed(topology: Topology, reports: Path) -> Iterator[None]:
+    """Have a node that is alone listen to nobody outside it.
+
+    Torch's store takes everybody's values, and its elastic rendezvous unpickles one. So the
+    launcher and the ranks meet in files of a folder of their own; what gloo and NCCL listen on
+    between ranks is the loopback interface.
+    """
+    if topology.endpoint != ALONE:
+        yield
+        return
+    ours = {STORE_FILE_ENV: str(reports / "store"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if sys.platform == "linux":
+        ours |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _after_failure(reports: Path, error: ChildFailedError) -> LastWords:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from osft_trainer.exchange import local
 from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import OSFTModel
 from osft_trainer.targets import decoder_blocks
+from osft_trainer.topology import STORE_FILE_ENV
 
 _UNGATHERED = ("base", "kept_rows", "kept_cols")
 """Buffers of `SubspaceWeight` that are sharded here instead of by FSDP."""
@@ -70,12 +72,24 @@ def start_world(device: str | None = None, timeout: timedelta = timedelta(minute
     else:
         place = torch.device("cpu")
     if size > 1:
+        store = _store_of_lone_node(size)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
             timeout=timeout,
             device_id=place if kind == "cuda" else None,
+            **({} if store is None else {"store": store, "rank": rank, "world_size": size}),
         )
     return World(rank, local_rank, size, place)
+
+
+def _store_of_lone_node(size: int) -> Any:
+    """Where the ranks of a node that is alone meet; None where torchrun's variables say it."""
+    path = os.environ.get(STORE_FILE_ENV)
+    if path is None:
+        return None
+    # What an earlier start of the ranks has left there is not for this one.
+    name = f"{path}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.FileStore(name, size)  # type: ignore[attr-defined]
 
 
 def stop_world(world: World) -> None:

@@ -16,8 +16,10 @@ from osft_trainer.config import LaunchParameters
 
 DEFAULT_PORT = 29500
 """torchrun's port of a static rendezvous."""
-ALONE = "localhost:0"
-"""Endpoint of a node that meets nobody."""
+ALONE = ""
+"""Endpoint of a node that meets nobody: its ranks meet in a file."""
+STORE_FILE_ENV = "OSFT_STORE_FILE"
+"""Environment variable: the file in which the ranks of a node that is alone meet."""
 PATIENCE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable: seconds that ranks get to save after SIGTERM. Torch reads it."""
 PATIENCE_SECONDS = 300
@@ -35,7 +37,7 @@ class Topology:
     backend: str
     """static, c10d, or another that torch knows."""
     endpoint: str
-    """HOST:PORT where the nodes meet."""
+    """HOST:PORT where the nodes meet, or ALONE."""
     rdzv_id: str
     rdzv_conf: Mapping[str, str]
     max_restarts: int
@@ -136,6 +138,9 @@ def _meeting_point(
     launch: LaunchParameters, environ: Mapping[str, str], nodes: int
 ) -> tuple[str, str]:
     """Backend and endpoint."""
+    if nodes == 1:
+        # Nobody to meet, whatever is set: a port that torch opens asks nobody who he is.
+        return "c10d", ALONE
     if launch.rdzv_endpoint is not None:
         return "c10d", launch.rdzv_endpoint
     port = launch.master_port or _number(environ, "PET_MASTER_PORT", DEFAULT_PORT)
@@ -144,9 +149,6 @@ def _meeting_point(
     endpoint = environ.get("PET_RDZV_ENDPOINT")
     if endpoint:
         return environ.get("PET_RDZV_BACKEND") or "c10d", endpoint
-    if nodes == 1:
-        # Nobody to meet: any free port, and no name that would have to be resolved.
-        return "c10d", ALONE
     address = environ.get("PET_MASTER_ADDR")
     if not address:
         raise ValueError(

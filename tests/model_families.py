@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VOCABULARY = 64
+VOCABULARY = 272
+"""Room for the tokenizer of `tiny`."""
 BLOCKS = 2
 
 _COMMON: dict[str, Any] = {
@@ -250,7 +251,7 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(
         "Mamba2ForCausalLM",
         {
-            "vocab_size": 64,
+            "vocab_size": VOCABULARY,
             "hidden_size": 32,
             "num_hidden_layers": 2,
             "num_heads": 8,

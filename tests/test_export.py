@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from osft_trainer import base_weights, durable, export
+from model_families import save_family
+from osft_trainer import base_copy, durable
 from osft_trainer.durable import work_folder
 from osft_trainer.export import base_digest, base_dtype, export_hf
 from osft_trainer.masters import fill_masters
@@ -21,7 +24,7 @@ from osft_trainer.model import OSFTModel, convert, load_model
 from osft_trainer.parallel import World, shard, start_world, stop_world
 from osft_trainer.report import RunFolder
 from osft_trainer.targets import plan_targets
-from tiny_models import FAMILIES, packed_batch, save_tiny_model, tiny_model
+from tiny_models import save_tiny_model, tiny_model
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -46,26 +49,6 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_every_family_reloads_with_the_same_logits(family: str, tmp_path: Path) -> None:
-    base = save_tiny_model(tmp_path / "base", family)
-    model = _trained(base, other_parameters="norms")
-    export_hf(model, base, tmp_path / "out", ALONE)
-    again = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", attn_implementation=model.hf.config._attn_implementation
-    ).eval()
-    ids = packed_batch([12])["input_ids"]
-    logits = model.hf(input_ids=ids).logits
-    assert (again(input_ids=ids).logits - logits).abs().max() < 1e-5
-    untrained = AutoModelForCausalLM.from_pretrained(base).eval()
-    assert (untrained(input_ids=ids).logits - logits).abs().max() > 1e-3
-    old, new = _weights(base), _weights(tmp_path / "out")
-    assert {n: (t.shape, t.dtype) for n, t in old.items()} == {
-        n: (t.shape, t.dtype) for n, t in new.items()
-    }
-
-
 def test_nothing_trained_gives_the_base_bit_for_bit(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base", "mixtral")
     model = load_model(base, torch.float32)
@@ -74,56 +57,15 @@ def test_nothing_trained_gives_the_base_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
-@pytest.mark.parametrize("held", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_that_loading_has_rounded_comes_back_bit_for_bit(
-    family: str, held: torch.dtype, tmp_path: Path
+def test_numbers_that_are_not_those_of_the_files_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on CUDA, where compute_dtype auto is bfloat16."""
-    base = tmp_path / "base"
-    tiny_model(family).to(held).save_pretrained(base)
-    model = load_model(base, torch.bfloat16)
-    export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
-    old, new = _weights(base), _weights(tmp_path / "out")
-    assert new.keys() == old.keys()
-    for name, tensor in old.items():
-        assert new[name].dtype == held
-        assert torch.equal(new[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-@pytest.mark.parametrize("parameterization", ["exact", "dense"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_trained_begins_with_the_numbers_of_the_files(
-    family: str, parameterization: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Norms, embeddings and biases, and without a split the matrices, too."""
-    base = tmp_path / "base"
-    tiny_model(family).save_pretrained(base)
-    model = load_model(base, torch.bfloat16)
-    osft = convert(model, plan_targets(model, 0.3, parameterization, other_parameters="all"))
-    before = {name: p.clone() for name, p in osft.trainables().items()}
-    fill_masters(model, base, torch.bfloat16)
-    changed = {n for n, p in osft.trainables().items() if not torch.equal(p, before[n])}
-    assert any("embed_tokens" in name or "wte" in name for name in changed)
-    # Experts lie in the files one by one, and are put together when they are loaded.
-    together = parameterization == "dense" and ".experts." in " ".join(before)
-    assert ("start as compute_dtype has rounded them" in caplog.text) == together
-    export_hf(osft, base, tmp_path / "out", ALONE)
-    old, new = _weights(base), _weights(tmp_path / "out")
-    for name, tensor in old.items():
-        assert torch.equal(new[name], tensor) or (together and ".experts." in name), name
-
-
-def test_a_conversion_that_needs_more_than_one_tensor_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lacks_a_part(*_: object) -> dict[str, torch.Tensor]:
-        raise KeyError("the other half")
-
     base = save_tiny_model(tmp_path / "base", "llama")
     model = load_model(base, torch.bfloat16)
     convert(model, plan_targets(model, 0.3, other_parameters="norms"))
-    monkeypatch.setattr(base_weights, "revert_weight_conversion", lacks_a_part)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
     fill_masters(model, base, torch.bfloat16)
     assert "start as compute_dtype has rounded them, such as model.layers.0" in caplog.text
 
@@ -178,39 +120,53 @@ def test_two_ranks_export_an_exact_base_together(tmp_path: Path) -> None:
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
-def test_weights_under_other_names_are_exported_as_they_were_rounded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_under_other_names_keep_these(tmp_path: Path) -> None:
     """Files of the decoder alone, which transformers finds all the same."""
-    base = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=True)
-    model = load_model(base, torch.bfloat16)
-    osft = convert(model, plan_targets(model, 0.3))
+    base = save_tiny_model(tmp_path / "base", "mixtral", tie_word_embeddings=True)
     bare = {n.removeprefix("model."): t for n, t in _weights(base).items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
-    export_hf(osft, base, tmp_path / "out", ALONE)
-    assert "exported as compute_dtype has rounded them" in caplog.text
+    model = load_model(base, torch.bfloat16)
+    export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
     for name, tensor in _weights(tmp_path / "out").items():
-        assert torch.equal(tensor, bare[name.removeprefix("model.")].bfloat16().float()), name
+        assert torch.equal(tensor, bare[name]), name
+
+
+def test_a_tied_head_that_the_files_hold_too_is_written_too(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    both = _weights(base)
+    both["lm_head.weight"] = both["model.embed_tokens.weight"].clone()
+    save_file(both, base / "model.safetensors", metadata={"format": "pt"})
+    export_hf(_trained(base, other_parameters="all"), base, tmp_path / "out", ALONE)
+    new = _weights(tmp_path / "out")
+    assert torch.equal(new["lm_head.weight"], new["model.embed_tokens.weight"])
+    assert not torch.equal(new["lm_head.weight"], both["lm_head.weight"])
 
 
 def test_the_folder_is_complete_and_described(tmp_path: Path) -> None:
-    base = save_tiny_model(tmp_path / "base", "llama", eos_token_id=[2, 3])
+    base = tmp_path / "base"
+    tiny_model("llama", eos_token_id=[2, 3]).save_pretrained(base, max_shard_size=20_000)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("y")
+    (base / "consolidated.safetensors").write_bytes(b"the same weights for another program")
     (base / "tokenizer.json").write_text("{}")
     (base / "chat_template.jinja").write_text("x")
     (base / "pytorch_model.bin").write_text("old weights")
     model = _trained(base)
     out = tmp_path / "deep" / "out"
-    export_hf(model, base, out, ALONE, extra={"parent_run": "abc"}, max_shard_bytes=20_000)
+    export_hf(model, base, out, ALONE, extra={"parent_run": "abc"})
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "y"
     assert not (out / "pytorch_model.bin").exists()
+    assert not (out / "consolidated.safetensors").exists()
     for name in ("config.json", "generation_config.json"):
         assert json.loads((out / name).read_text())["eos_token_id"] == [2, 3]
     assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [2, 3]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    assert set(index["weight_map"]) == set(_weights(base))
-    assert all((out / name).is_file() for name in index["weight_map"].values())
+    assert index == json.loads((base / "model.safetensors.index.json").read_text())
+    for path in base.glob("model-*.safetensors"):
+        assert (out / path.name).stat().st_size == path.stat().st_size
     description = json.loads((out / "osft.json").read_text())
     assert description["base_digest"] == base_digest(base)
     assert description["parent_run"] == "abc"
@@ -263,8 +219,22 @@ def test_a_known_digest_is_taken(tmp_path: Path) -> None:
 def test_save_dtype_is_noted(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     export_hf(_trained(base), base, tmp_path / "out", ALONE, save_dtype=torch.bfloat16)
-    assert {t.dtype for t in _weights(tmp_path / "out").values()} == {torch.bfloat16}
+    new = _weights(tmp_path / "out")
+    assert {t.dtype for t in new.values()} == {torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert base_dtype(tmp_path / "out") == torch.bfloat16
+
+
+def test_save_dtype_leaves_tensors_of_another_type(tmp_path: Path) -> None:
+    """A router's bias in float32 of a base in bfloat16."""
+    base = save_family(tmp_path / "base", "deepseek_v3")
+    export_hf(_trained(base), base, tmp_path / "out", ALONE, save_dtype=torch.float16)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    for name, tensor in old.items():
+        if tensor.dtype == torch.float32:
+            assert torch.equal(new[name], tensor), name
+        else:
+            assert new[name].dtype == torch.float16, name
 
 
 def test_trained_masters_are_exported_under_their_own_names(tmp_path: Path) -> None:
@@ -301,18 +271,20 @@ def test_a_failing_write_leaves_the_older_export_alone(tmp_path: Path) -> None:
     assert (out / "kept.txt").read_text() == "old"
 
 
-def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Safetensors raises an error of its own, which nobody would try again or agree on."""
+@pytest.mark.parametrize("step", ["read_header", "_bytes_of", "_copy"])
+def test_a_full_disk_is_an_os_error(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When files are begun, when what is trained is written, and when the rest is copied."""
 
     def no_space(*_: object, **__: object) -> None:
-        raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     base = save_tiny_model(tmp_path / "base")
-    monkeypatch.setattr(export, "save_file", no_space)
-    for largest in (1, 10**9):
-        with pytest.raises(OSError, match=r"out: .*No space left.*free or add space"):
-            export_hf(_trained(base), base, tmp_path / "out", ALONE, max_shard_bytes=largest)
-        assert [path.name for path in tmp_path.iterdir()] == ["base"], "the room is free again"
+    monkeypatch.setattr(base_copy, step, no_space)
+    with pytest.raises(OSError, match=r"out: .*No space left.*free or add space"):
+        export_hf(_trained(base), base, tmp_path / "out", ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"], "the room is free again"
 
 
 def test_it_is_complete_from_the_moment_that_it_has_its_name(

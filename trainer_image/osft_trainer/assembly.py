@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from osft_trainer import decomposition
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.attention import use_variable_length
+from osft_trainer.base_layout import check_way_back
 from osft_trainer.blocks import compile_blocks, enable_activation_checkpointing, keep_free_parts
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
@@ -35,6 +36,7 @@ from osft_trainer.prepared import PreparedData
 from osft_trainer.report import RunFolder, write_atomically
 from osft_trainer.retention import RetentionText, prepare_retention
 from osft_trainer.targets import Plan, plan_targets
+from osft_trainer.unused_weights import NotLoaded, log_not_loaded, not_loaded
 from osft_trainer.validation import split_off
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,8 @@ def build_model(
             f"unfreeze_rank_ratio {training.unfreeze_rank_ratio} with other_parameters "
             f"{training.other_parameters} leaves nothing to train: raise one of them"
         )
-    _write_plan(training, plan, prepared, held_out, steps, folder, world)
+    beside = _check_base(hf, plan, Path(training.model_path), world)
+    _write_plan(training, plan, prepared, held_out, steps, folder, world, beside)
     selective = training.selective_activation_checkpointing
     liger_off = apply_liger(hf, training.use_liger, world.device, selective)
     dense_mask = use_variable_length(hf, world.device)
@@ -136,6 +139,19 @@ def build_model(
         compile_blocks(hf, world.device)
     shard(model, world)
     return model, bases.digest, text
+
+
+def _check_base(hf: PreTrainedModel, plan: Plan, base: Path, world: World) -> tuple[NotLoaded, ...]:
+    """What of the base is no part of the model; and that the rest can be saved again."""
+    beside = not_loaded(hf, base)
+
+    def on_first_rank() -> str:
+        check_way_back(hf, base, plan.trained)
+        log_not_loaded(beside)
+        return ""
+
+    from_first_rank(world, on_first_rank)
+    return beside
 
 
 def check_data(
@@ -216,11 +232,13 @@ def _write_plan(
     steps: int | None,
     folder: RunFolder,
     world: World,
+    beside: tuple[NotLoaded, ...],
 ) -> None:
     """Put on paper, and in the log, what will be trained on what."""
     counts = prepared.counts
     document = {
         **plan.to_json(),
+        "not_loaded": [part.to_json() for part in beside],
         "steps": steps,
         "processes": world.size,
         "data": {"digest": prepared.digest, **asdict(counts)},

@@ -163,7 +163,8 @@ class TrainingParameters(Parameters):
     save_final_checkpoint: bool = True
     """Write the trained model to final/ as a Hugging Face folder."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights in exported folders. Absent: the base model's."""
+    """Type of the weights in exported folders, in place of the type that most of the base's have;
+    single tensors of another type keep theirs. Absent: every tensor's as in the base."""
 
     wandb_project: Annotated[Text, Field(max_length=128)] | None = None
     """Weights & Biases project; its key comes from the environment (WANDB_API_KEY). With

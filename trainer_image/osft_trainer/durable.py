@@ -65,9 +65,9 @@ def work_folder(out: Path, token: str) -> Path:
 
 
 def complete(folder: Path) -> None:
-    """Make a folder of files durable, marker and all, before it gets its name."""
+    """Make a folder durable with all that is in it, marker and all, before it gets its name."""
     (folder / COMPLETE).touch()
-    for path in [*sorted(folder.iterdir()), folder]:
+    for path in [*sorted(folder.rglob("*")), folder]:
         sync(path)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osft_trainer.base_weights import BaseWeights, names_in_files
+from osft_trainer.base_layout import Layout, layout_of
+from osft_trainer.base_weights import BaseWeights
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceLinear
 
@@ -33,12 +34,13 @@ def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype, tell: b
         loaded: the type that the model was loaded in.
         tell: warn of what stays rounded; all ranks find the same.
     """
-    files = BaseWeights(folder)
-    if not files.loses_some(loaded):
+    weights = BaseWeights(folder)
+    if not weights.loses_some(loaded):
         return
+    layout = layout_of(hf, weights)
     rounded = []
     for name, master in _masters(hf):
-        exact = _in_files(hf, files, name, master)
+        exact = _in_files(hf, weights, layout, name)
         # Nothing but the same numbers takes the place of what was loaded.
         if exact is None or not torch.equal(exact.to(loaded), master.to(loaded)):
             rounded.append(name)
@@ -47,19 +49,20 @@ def fill_masters(hf: PreTrainedModel, folder: Path, loaded: torch.dtype, tell: b
     if rounded and tell:
         logger.warning(
             "%d trained parameters start as compute_dtype has rounded them, such as %s: the "
-            "base's files have them under other names or in other shapes",
+            "base's files do not hold the same numbers",
             len(rounded),
             rounded[0],
         )
 
 
-def _in_files(hf: PreTrainedModel, files: BaseWeights, name: str, master: Tensor) -> Tensor | None:
-    """What has the parameter's place in the files, if it is one tensor there."""
-    named = names_in_files(hf, {name: torch.empty(master.shape, device="meta")})
-    if named is None or len(named) != 1:
+def _in_files(
+    hf: PreTrainedModel, weights: BaseWeights, layout: Layout, name: str
+) -> Tensor | None:
+    """The parameter as the files have it, in the model's layout."""
+    group = layout.of.get(name)
+    if group is None:
         return None
-    (in_files,) = named
-    return files.read(in_files) if files.has(in_files, master.shape) else None
+    return group.to_model(hf, {file: weights.read(file) for file in group.files})[name]
 
 
 def _masters(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:

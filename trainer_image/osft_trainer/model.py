@@ -27,6 +27,7 @@ from osft_trainer.forward import packed_loss
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.subspace import Split, split_weight
 from osft_trainer.targets import Plan, Target
+from osft_trainer.unused_weights import not_loaded
 
 Decompose = Callable[[Target, Tensor], Split]
 """Decomposition provider: `decompose_weight(plan)`, or a cache around it."""
@@ -136,6 +137,7 @@ def load_model(
             output_loading_info=True,
         )
         _check_weights(folder, info)
+        not_loaded(model, folder)
         return cast(PreTrainedModel, model)
 
     try:

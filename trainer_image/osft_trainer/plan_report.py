@@ -15,6 +15,7 @@ from osft_trainer.data_files import DataFiles
 from osft_trainer.memory import Memory
 from osft_trainer.prepared import DataCounts
 from osft_trainer.targets import Plan, Target
+from osft_trainer.unused_weights import NotLoaded
 
 GIB = 2**30
 
@@ -43,6 +44,8 @@ class Report:
     """Which files the data are read from, and which are passed over."""
     adaptive: bool
     """The run will shift ranks between blocks; here every block has the mean."""
+    not_loaded: tuple[NotLoaded, ...] = ()
+    """What the base's files hold beside the language model."""
 
     @property
     def total(self) -> int:
@@ -70,6 +73,7 @@ class Report:
             "data": asdict(self.counts),
             "dataFiles": self.files.to_json(),
             "adaptive": self.adaptive,
+            "not_loaded": [part.to_json() for part in self.not_loaded],
         }
         return json.dumps(document, indent=1)
 
@@ -152,6 +156,9 @@ class Report:
         ):
             if names:
                 yield f"{title}: {', '.join(sorted({pattern_of(name) for name in names}))}"
+        if self.not_loaded:
+            sizes = (f"{part.name} ({size_words(part.bytes)})" for part in self.not_loaded)
+            yield f"no part of the language model, copied as it is: {', '.join(sizes)}"
 
     def _memory_lines(self) -> Iterator[str]:
         memory = self.memory

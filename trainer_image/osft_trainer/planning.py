@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from osft_trainer.assembly import check_data, compute_dtype, plan_of, prepare_data
+from osft_trainer.base_layout import check_way_back
 from osft_trainer.base_model import local_folder
 from osft_trainer.bases import singular_values
 from osft_trainer.bins import pack
@@ -32,6 +33,7 @@ from osft_trainer.report import RunFolder
 from osft_trainer.retention import RetentionText, prepare_retention, replay_of
 from osft_trainer.schedule import learning_rates, total_steps
 from osft_trainer.targets import Plan
+from osft_trainer.unused_weights import not_loaded
 
 _PROBED_BATCHES = 20
 """Optimizer steps that are packed to learn how many passes a step has."""
@@ -63,7 +65,9 @@ def make_report(
     training = training.model_copy(update={"model_path": str(base)})
     dtype = compute_dtype(training.compute_dtype, torch.device(device))
     hf = empty_model(base, dtype, training.trust_remote_code)
+    beside = not_loaded(hf, base)
     plan = plan_of(hf, training)
+    check_way_back(hf, base, plan.trained)
     folder = RunFolder(Path(training.ckpt_output_dir))
     prepared, held_out = prepare_data(training, folder, world)
     check_data(hf, prepared, held_out, warns=True)
@@ -98,6 +102,7 @@ def make_report(
         counts=prepared.counts,
         files=find_data_files(training.data_path),
         adaptive=training.rank_allocation == "adaptive",
+        not_loaded=beside,
     )
 
 

@@ -75,6 +75,11 @@ class Plan:
         return self.total - self.covered
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """Names in the model of all parameters that are trained, in part or in full."""
+        return (*(t.parameter for t in self.targets if t.free_rank > 0), *self.trained_others)
+
+    @property
     def covered(self) -> int:
         """Numbers of the targets' weights."""
         return sum(prod(target.shape) for target in self.targets)
@@ -164,6 +169,22 @@ def adaptive_ratios(unfreeze_rank_ratio: float, importance: Sequence[float]) -> 
     return [min(1.0, max(0.0, 1 - (least + one * (mean - least)))) for one in importance]
 
 
+def language_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the language model: all of it, but where towers stand beside it.
+
+    They are known by a configuration that has one of its own for the text.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return "", model
+    text = config.get_text_config()
+    if text is not config:
+        for path, module in model.named_modules():
+            if type(getattr(module, "config", None)) is type(text):
+                return path, module
+    return "", model
+
+
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder blocks: the `nn.ModuleList` that holds most parameters.
 
@@ -171,7 +192,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ValueError: if the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
+    prefix, root = language_model(model)
+    for name, module in root.named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList):
             size = sum(p.numel() for p in module.parameters())
             if size > (0 if best is None else best[0]):
@@ -271,9 +293,22 @@ def _is_trained(model: nn.Module, parameter: str, other_parameters: str) -> bool
     owner = parameter.rpartition(".")[0]
     if other_parameters == "frozen" or is_router(owner) or is_router(parameter):
         return False
+    if not _is_of_language(model, parameter):
+        return False
     if other_parameters == "all":
         return True
     return "norm" in type(model.get_submodule(owner)).__name__.lower()
+
+
+def _is_of_language(model: nn.Module, parameter: str) -> bool:
+    """Whether text reaches it: towers for pictures and sound stay as they are."""
+    path, module = language_model(model)
+    if module is model:
+        return True
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    own = model.get_parameter(parameter)
+    is_of_head = head is not None and any(own is p for p in head.parameters())
+    return is_of_head or parameter.startswith(f"{path}.")
 
 
 def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:

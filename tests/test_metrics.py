@@ -6,6 +6,7 @@ import platform
 import socket
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -88,18 +89,46 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on the loopback")
-@pytest.mark.parametrize("address", ["::1", "::"])
-def test_probes_and_metrics_are_served_on_ipv6(address: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "hosts"), [("::1", ["[::1]"]), (Settings().bind_address, ["[::1]", "127.0.0.1"])]
+)
+def test_probes_and_metrics_are_served_on_ipv6(address: str, hosts: list[str]) -> None:
+    """As shipped, on IPv4, too: a cluster has one of them, or both."""
+    address = probes.usable(address)
     port, close = probes.serve(probes.Health(Settings()), address, 0)
     try:
-        assert fetch(port, "/healthz", "[::1]") == (200, "ok")
+        assert {fetch(port, "/healthz", host) for host in hosts} == {(200, "ok")}
     finally:
         close()
     port, close = metrics.serve(address, 0)
     try:
-        assert fetch(port, "/metrics", "[::1]")[0] == 200
+        assert {fetch(port, "/metrics", host)[0] for host in hosts} == {200}
     finally:
         close()
+
+
+@pytest.mark.parametrize("fails", ["socket", "bind"])
+def test_without_ipv6_all_of_ipv4_is_served(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel without it has no such socket; one where it is switched off has no such address."""
+
+    class Socket(socket.socket):
+        def __init__(self, family: int) -> None:
+            if fails == "socket":
+                raise OSError("Address family not supported by protocol")
+            super().__init__(family)
+
+        def bind(self, _: Any) -> None:
+            raise OSError("Cannot assign requested address")
+
+    with monkeypatch.context() as without:
+        without.setattr(socket, "socket", Socket)
+        address = probes.usable(Settings().bind_address)
+    port, close = probes.serve(probes.Health(Settings()), address, 0)
+    try:
+        assert fetch(port, "/healthz", "127.0.0.1") == (200, "ok")
+    finally:
+        close()
+    assert probes.usable("10.0.0.7") == "10.0.0.7"
 
 
 def test_liveness_fails_when_work_stops_though_the_loop_runs() -> None:

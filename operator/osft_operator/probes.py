@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import logging
 import socket
 import threading
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 from osft_operator import metrics
 from osft_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 """How often the event loop shows that it runs."""
@@ -85,10 +88,34 @@ class Health:
             self.beat(stalled_seconds(), behind_seconds())
 
 
+EVERYWHERE, EVERYWHERE_IPV4 = "::", "0.0.0.0"
+
+
 class _Server6(http.server.ThreadingHTTPServer):
     """The standard library's binds IPv4 alone."""
 
     address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        # whatever the node's default is: the kubelet may come by IPv4
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
+def usable(address: str) -> str:
+    """An address to serve on: the one that is given, or all of IPv4 where `::` cannot be had.
+
+    Pods of a cluster with IPv6 alone are asked by IPv6; a kernel may have none at all.
+    """
+    if address != EVERYWHERE:
+        return address
+    try:
+        with socket.socket(socket.AF_INET6) as trial:
+            trial.bind((EVERYWHERE, 0))
+    except OSError as error:
+        logger.info("No IPv6 here, so IPv4 alone is served: %s", error)
+        return EVERYWHERE_IPV4
+    return address
 
 
 def serve(health: Health, address: str, port: int) -> tuple[int, Callable[[], None]]:

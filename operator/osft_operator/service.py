@@ -108,7 +108,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _servers(self) -> AsyncIterator[None]:
-        address = self._settings.bind_address
+        address = probes.usable(self._settings.bind_address)
         closing: list[Callable[[], None]] = []
         try:
             port, close = probes.serve(self._health, address, self._settings.probe_port)

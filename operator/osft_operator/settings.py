@@ -92,8 +92,9 @@ class Settings(Allowed):
     progress_concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
     """Training pods that are asked at one time."""
 
-    bind_address: str = "0.0.0.0"
-    """Address that probes and metrics are served on."""
+    bind_address: str = "::"
+    """Address that probes and metrics are served on. `::`: IPv6 and IPv4, or what of them is
+    there."""
     probe_port: Port = 8081
     """Port of /healthz and /readyz; 0 takes a free one."""
     metrics_port: Port = 8080

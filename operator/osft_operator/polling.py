@@ -1,15 +1,16 @@
 """Asks training pods how far they are.
 
-Reconcile says which pods to ask (`watch`), service runs the loop, and `news` is called on the event
-loop when an answer differs from the last. A pod is never trusted: its address comes from the API
-server, the path is fixed, redirects and proxies and compression are off, time and size are bounded,
-and the document is parsed strictly. A pod that does not answer is no error: the last word of a run
-comes with its termination message.
+Reconcile says which pods to ask (`watch`), service runs the loop, poll_order says whose turn it is,
+and `news` is called on the event loop when an answer differs from the last. A pod is never trusted:
+its address comes from the API server, the path is fixed, redirects and proxies and compression are
+off, time and size are bounded, and the document is parsed strictly. A pod that does not answer is
+no error: the last word of a run comes with its termination message.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
 import logging
@@ -22,6 +23,7 @@ import aiohttp
 
 from osft_operator import metrics
 from osft_operator.actions import PollTarget
+from osft_operator.poll_order import PollOrder
 from osft_operator.queue import Key
 from osft_operator.settings import Settings
 from osft_trainer.report import MAX_DOCUMENT_BYTES, Progress, percentage
@@ -35,9 +37,8 @@ MILESTONE_PERCENT = 5
 
 SILENT_SECONDS = 30.0
 SILENT_ROUNDS = 3
-"""An answer older than both is none any more: the pod, or the way to it, is gone."""
-FRESH_SECONDS = 1.0
-"""Shortest time between two looks for pods that were not asked yet."""
+"""A pod that has been asked in vain for so long, since its last answer, has none any more: it is
+gone, or the way to it. An answer that is only old, since nobody has asked again, still counts."""
 
 News = Callable[[Key, bool], None]
 """Takes the job and whether a milestone was passed."""
@@ -54,7 +55,7 @@ class Heard:
     since: datetime.datetime | None
     """When the step, phase or checkpoint of that answer was heard first."""
     listening_seconds: float
-    """For how long the present pods have been asked."""
+    """For how long the present pods have been asked in vain."""
 
 
 NOTHING = Heard(None, None, None, 0.0)
@@ -66,16 +67,15 @@ class Poller:
     def __init__(
         self, settings: Settings, news: News, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._interval = settings.progress_poll_seconds
-        self._places = asyncio.Semaphore(settings.progress_concurrency)
+        self._silent = max(SILENT_SECONDS, SILENT_ROUNDS * settings.progress_poll_seconds)
+        self._clock = clock
+        self._order = PollOrder(
+            settings.progress_poll_seconds, settings.progress_concurrency, clock
+        )
         self._news = news
-        self._targets: dict[Key, tuple[PollTarget, ...]] = {}
         self._answers: dict[Key, dict[PollTarget, Progress]] = {}
         self._since: dict[Key, datetime.datetime] = {}
-        self._answered: dict[Key, float] = {}
-        self._began: dict[Key, float] = {}
-        self._clock = clock
-        self._new = asyncio.Event()
+        self._changed = asyncio.Event()
         self._session = aiohttp.ClientSession(
             trust_env=False,
             auto_decompress=False,
@@ -93,98 +93,84 @@ class Poller:
 
     def watch(self, key: Key, targets: Sequence[PollTarget]) -> None:
         """Ask these pods of a job from now on, and no others. New ones are asked at once."""
+        if self._order.set(key, targets):
+            self._changed.set()
         if not targets:
-            for kept in (
-                self._targets,
-                self._answers,
-                self._since,
-                self._answered,
-                self._began,
-            ):
-                kept.pop(key, None)
+            self._answers.pop(key, None)
+            self._since.pop(key, None)
             return
-        if set(targets) - set(self._targets.get(key, ())):
-            self._began[key] = self._clock()
-            self._new.set()
-        self._targets[key] = tuple(targets)
         answers = self._answers.get(key, {})
         self._answers[key] = {pod: answers[pod] for pod in targets if pod in answers}
 
     def __len__(self) -> int:
         """Jobs whose pods are asked."""
-        return len(self._targets)
+        return len(self._order)
 
     def heard(self, key: Key) -> Heard:
         """What is known from a job's rank 0."""
-        if key not in self._targets:
+        asked = self._order.asked(key)
+        if not asked:
             return NOTHING
-        listening = self._clock() - self._began[key]
+        # Who has not been asked yet, however long that takes, is not silent.
+        in_vain = min(record.in_vain_seconds for record in asked.values())
         for pod, answer in self._answers[key].items():
-            if answer.global_rank == 0:
-                silent = self._clock() - self._answered[key]
-                if silent > max(SILENT_SECONDS, SILENT_ROUNDS * self._interval):
-                    return Heard(None, None, None, min(silent, listening))
-                return Heard(answer, pod.pod, self._since.get(key), listening)
-        return Heard(None, None, None, listening)
+            if answer.global_rank != 0:
+                continue
+            if asked[pod].in_vain_seconds < self._silent:
+                return Heard(answer, pod.pod, self._since.get(key), in_vain)
+            in_vain = asked[pod].in_vain_seconds
+        return Heard(None, None, None, in_vain)
 
     def progress(self, key: Key) -> Progress | None:
         """The last answer of a job's rank 0; None when there is none from the present pods."""
         return self.heard(key).progress
 
     async def run(self) -> None:
-        """Ask every pod again and again, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            started = loop.time()
-            self._new.clear()
-            await self.ask_all()
-            pause = max(0.05, self._interval - (loop.time() - started))
-            await self._ask_new_ones(loop.time() + pause)
+        """Ask every pod again and again, each in its turn, until cancelled."""
+        asking: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                self._changed.clear()
+                while (turn := self._order.next()) is not None:
+                    task = asyncio.create_task(self._ask(*turn))
+                    asking.add(task)
+                    task.add_done_callback(asking.discard)
+                await self._wait()
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
-    async def _ask_new_ones(self, until: float) -> None:
-        """Until the next round, ask those that were not asked yet: they are news."""
-        loop = asyncio.get_running_loop()
-        while (left := until - loop.time()) > 0:
-            try:
-                # not wait_for: cancelled just as the wait ends, that forgets the cancellation
-                async with asyncio.timeout(left):
-                    await self._new.wait()
-            except TimeoutError:
-                return
-            self._new.clear()
-            answered = self._answers
-            fresh = [
-                (key, pod)
-                for key, pods in self._targets.items()
-                for pod in pods
-                if pod not in answered.get(key, {})
-            ]
-            await asyncio.gather(*(self._ask(key, pod) for key, pod in fresh))
-            # not more often than this, however many jobs start
-            await asyncio.sleep(min(FRESH_SECONDS, max(0.0, until - loop.time())))
-
-    async def ask_all(self) -> None:
-        """Ask every pod once."""
-        asked = [(key, pod) for key, pods in self._targets.items() for pod in pods]
-        await asyncio.gather(*(self._ask(key, pod) for key, pod in asked))
+    async def _wait(self) -> None:
+        """Until a pod is due, or a place is free, or there are new pods."""
+        # not wait_for: cancelled just as the wait ends, that forgets the cancellation
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._order.wait_seconds()):
+                await self._changed.wait()
 
     async def _ask(self, key: Key, pod: PollTarget) -> None:
-        async with self._places:
+        asked, answer = self._clock(), None
+        try:
             answer = await self._fetch(pod)
+        finally:
+            self._order.done(key, pod, asked=asked, is_answered=answer is not None)
+            self._changed.set()
         metrics.progress_polls.labels("answer" if answer else "none").inc()
-        if answer is None or pod not in self._targets.get(key, ()):
-            return
+        if answer is not None and pod in self._order.asked(key):
+            self._take(key, pod, answer)
+
+    def _take(self, key: Key, pod: PollTarget, answer: Progress) -> None:
         last = self._answers[key].get(pod)
         self._answers[key][pod] = answer
-        if answer.global_rank == 0:
-            self._answered[key] = self._clock()
-        if answer.global_rank == 0 and (last is None or _place(last) != _place(answer)):
+        if answer.global_rank != 0:
+            return
+        if last is None or _place(last) != _place(answer):
             self._since[key] = datetime.datetime.now(datetime.UTC)
         same = (
             last is not None
             and answer.model_copy(update={"last_updated_time": last.last_updated_time}) == last
         )
-        if not same and answer.global_rank == 0:
+        if not same:
             self._news(key, is_milestone(last, answer))
 
     async def _fetch(self, pod: PollTarget) -> Progress | None:

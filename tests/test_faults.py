@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,44 @@ def _applied(scene: Scene, name: str) -> bool:
     except (ApiError, urllib3.exceptions.HTTPError) as error:
         return isinstance(error, ApiError) and error.code == 409
     return True
+
+
+def test_a_write_that_fails_again_and_again_is_told_in_the_servers_words(scene: Scene) -> None:
+    """The PyTorchJobs' webhook is away, or that of claims: what is asked for is not what is."""
+    scene.apply("asked-to-stop")
+    wait_for("the PyTorchJob", lambda: "asked-to-stop" in scene.names(scene.pytorch_jobs))
+
+    def answer(request: Request) -> bytes | None:
+        about = "/pytorchjobs" in request.path or "/persistentvolumeclaims" in request.path
+        return refusal(500, "InternalError") if request.is_write and about else None
+
+    def has_words(name: str, kind: str, lead: str) -> bool:
+        status = scene.status(name)
+        found = [each for each in status.get("conditions") or [] if each["type"] == kind]
+        words = found[0]["message"] if found else ""
+        if "InternalError by the tests" not in words:
+            return False
+        assert words.startswith(lead)
+        assert found[0]["status"] == "False"
+        assert status["waitingFor"]["name"] in lead
+        return True
+
+    scene.proxy.faults.answer = answer
+    try:
+        scene.plane.api.patch(f"{scene.jobs}/asked-to-stop", {"spec": {"suspend": True}})
+        scene.apply("asked-to-begin")
+        for name, kind, lead in (
+            ("asked-to-stop", "Suspended", "PyTorchJob asked-to-stop could not be suspended"),
+            ("asked-to-begin", "Running", "PersistentVolumeClaim asked-to-begin-checkpoints could"),
+        ):
+            wait_for(f"words of {name}", partial(has_words, name, kind, lead))
+        assert scene.status("asked-to-stop")["phase"] == "Suspending"
+        assert scene.status("asked-to-begin")["reason"] == "WriteFailed"
+    finally:
+        scene.proxy.heal()
+    wait_for("suspended", lambda: scene.status("asked-to-stop").get("phase") == "Suspended")
+    wait_for("made", lambda: "asked-to-begin" in scene.names(scene.pytorch_jobs))
+    wait_for("no words left", lambda: "InternalError" not in str(scene.status("asked-to-begin")))
 
 
 def test_liveness_fails_when_the_watches_stay_silent(scene: Scene) -> None:

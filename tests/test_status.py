@@ -170,6 +170,25 @@ def test_a_finished_job_does_not_fail_later() -> None:
     assert "failure" not in world.status
 
 
+def test_what_still_runs_after_the_end_is_named() -> None:
+    world = running({"spec.activeDeadlineSeconds": 10})
+    world.lingers = True
+    world.wait(11)
+    world.settle()
+    ended = world.status["completionTime"]
+    assert world.status["phase"] == "Failed"
+    assert world.condition("Running")["message"] == f"pod sample-master-0 has to end since {ended}"
+    assert world.status["waitingFor"]["name"] == "sample-master-0"
+    world.pods[0]["status"]["phase"] = "Unknown"
+    world.settle()
+    assert "its node node-1 does not answer" in world.condition("Running")["message"]
+    world.pods_end()
+    world.settle()
+    assert world.condition("Running")["message"] == ""
+    assert "waitingFor" not in world.status
+    assert world.events == ["DeadlineExceeded"]
+
+
 def test_a_condition_keeps_its_time() -> None:
     world = running()
     before = world.condition("Running")["lastTransitionTime"]

@@ -10,8 +10,10 @@ from typing import Any
 
 from osft_operator.actions import DeleteOSFTJob, DeletePyTorchJob
 from osft_operator.draft import Draft
-from osft_operator.failure import cause
+from osft_operator.failure import cause, is_lost
 from osft_operator.observed import Object, find_condition, is_deleting, is_true
+from osft_operator.predecessors import may_write
+from osft_operator.waiting import lost_words
 
 
 def is_finished(status: Object) -> bool:
@@ -64,10 +66,14 @@ def fail_by_pods(draft: Draft, pods: list[Object], why: str | None = None) -> No
 def after_the_end(draft: Draft) -> None:
     """Stop what still runs, and delete the OSFTJob when its time to live is over."""
     spec: dict[str, Any] = dict(draft.observed.body.get("spec") or {})
+    stopping = []
     for job in draft.observed.own_jobs():
-        is_over = is_true(job, "Succeeded") or is_true(job, "Failed")
-        if not is_over and not is_deleting(job):
+        if is_true(job, "Succeeded") or is_true(job, "Failed"):
+            continue
+        stopping += [pod for pod in draft.observed.pods_of(job) if may_write(pod)]
+        if not is_deleting(job):
             draft.do(DeletePyTorchJob(job["metadata"]["name"], job["metadata"].get("uid", "")))
+    _say_what_still_runs(draft, stopping)
     ended, ttl = draft.status.get("completionTime"), spec.get("ttlSecondsAfterFinished")
     if ttl is None or ended is None:
         return
@@ -76,3 +82,15 @@ def after_the_end(draft: Draft) -> None:
         draft.look_again(left)
     else:
         draft.do(DeleteOSFTJob(draft.observed.uid))
+
+
+def _say_what_still_runs(draft: Draft, pods: list[Object]) -> None:
+    """The end is recorded, and what is to stop holds its GPUs until it has stopped."""
+    words = ""
+    if pods:
+        name = pods[0]["metadata"]["name"]
+        since = draft.waits_for("Pod", name, draft.status.get("completionTime"))
+        words = f"pod {name} has to end since {since}"
+        if is_lost(pods[0]):
+            words = lost_words(pods[0])
+    draft.condition("Running", "False", find_condition(draft.status, "Running")["reason"], words)

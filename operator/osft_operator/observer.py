@@ -48,6 +48,10 @@ class Observer:
         self._serves = serves
         self._workloads = Workloads(cluster, wanted=settings.kueue)
 
+    def alone(self, job: Object) -> Observed:
+        """One job of which nothing else is known."""
+        return Observed(body=job, settings=self._render)
+
     async def observe(self, key: Key, job: Object, now: datetime.datetime) -> Observed:
         """One job with everything that belongs to it, or is in its way.
 

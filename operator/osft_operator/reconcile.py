@@ -8,6 +8,7 @@ a refusal of the API server becomes a condition. Must never judge a job itself.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 import time
@@ -26,9 +27,17 @@ from osft_operator.actions import (
 )
 from osft_operator.budget import Budget
 from osft_operator.cache import Cache
-from osft_operator.cluster import AlreadyExists, Cluster, KindMissing, NotFound, Refused
+from osft_operator.cluster import (
+    AlreadyExists,
+    Cluster,
+    ClusterError,
+    KindMissing,
+    NotFound,
+    Refused,
+)
 from osft_operator.decide import decide, refused
 from osft_operator.events import Recorder
+from osft_operator.failed_calls import TRIES, not_done, not_read
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
 from osft_operator.merge_patch import merge_patch
 from osft_operator.observer import Observer
@@ -78,6 +87,7 @@ class Reconciler:
         self._written: dict[Key, float] = {}
         self._milestones: set[Key] = set()
         self._made: dict[Key, tuple[str, str]] = {}
+        self._failures: dict[Key, int] = {}
         self._budget = Budget(WRITES_PER_SECOND, clock)
 
     def progressed(self, key: Key, milestone: bool) -> float:
@@ -109,17 +119,9 @@ class Reconciler:
             # What was made for it goes by its ownerReferences.
             self._forget(key)
             return None
-        now = self._now()
-        decision = decide(await self._observer.observe(key, self._known(key, job), now), now)
-        try:
-            for action in decision.actions:
-                await self._do(key, action)
-        except AlreadyExists:
-            # Ours from an earlier life, or somebody else's: the next pass sees whose it is.
-            await self._look(key, action)
+        decision, failure = await self._carry_out(key, job)
+        if decision is None:
             return LOOK_AGAIN_SECONDS
-        except Refused as error:
-            decision = refused(decision, job, str(error), now)
         if any(isinstance(action, DeleteOSFTJob) for action in decision.actions):
             self._forget(key)
             return None
@@ -132,10 +134,61 @@ class Reconciler:
             self._forget(key)
             return None
         self._poller.watch(key, decision.poll)
+        if failure is not None:
+            raise failure
         # What our own writes put in the cache is no news to the watches any more.
         again = 0.0 if any(isinstance(action, KEPT) for action in decision.actions) else None
         waits = (decision.requeue_after, wait, again)
         return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    async def _carry_out(
+        self, key: Key, job: Object
+    ) -> tuple[Decision | None, ClusterError | None]:
+        """Observe, decide and act.
+
+        Returns:
+            What the status is to say, and the error of a call that failed again; no decision when
+            a name was found taken.
+
+        Raises:
+            ClusterError: when a call failed, and not often enough to tell.
+        """
+        now, decision, action = self._now(), None, None
+        try:
+            observed = await self._observer.observe(key, self._known(key, job), now)
+            decision = decide(observed, now)
+            for action in decision.actions:
+                await self._do(key, action)
+        except AlreadyExists:
+            # Ours from an earlier life, or somebody else's: the next pass sees whose it is.
+            assert action is not None
+            await self._look(key, action)
+            return None, None
+        except ClusterError as error:
+            if action is not None and decision is not None and isinstance(error, Refused):
+                return self._refused(decision, job, action, error, now), None
+            self._failures[key] = self._failures.get(key, 0) + 1
+            if self._failures[key] < TRIES:
+                raise
+            if decision is None or action is None:
+                return not_read(self._observer.alone(job), str(error), now), error
+            return not_done(decision, job, action, str(error), now), error
+        self._failures.pop(key, None)
+        return decision, None
+
+    def _refused(
+        self,
+        decision: Decision,
+        job: Object,
+        action: Action,
+        error: Refused,
+        now: datetime.datetime,
+    ) -> Decision:
+        """What was refused of something that is there is said where it was to be changed, too."""
+        if not isinstance(action, CreateClaim | CreatePyTorchJob):
+            noted = not_done(decision, job, action, str(error), now)
+            decision = dataclasses.replace(decision, status=noted.status)
+        return refused(decision, job, str(error), now)
 
     def _known(self, key: Key, job: Object) -> Object:
         """The OSFTJob with what was not worth a write of its own: which PyTorchJob was made."""
@@ -215,6 +268,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self._poller.watch(key, ())
         self._made.pop(key, None)
+        self._failures.pop(key, None)
         self._written.pop(key, None)
         self._milestones.discard(key)
         self._budget.forget(key)

@@ -30,6 +30,8 @@ STARTING = ("Starting", "PodsStarting")
 """Reasons of Running=False while all goes as it should."""
 STUCK = ("NodeLost", "PodsNotEnding")
 """Reasons of Running=False while a pod has to end and does not by itself."""
+WRITE_FAILED = "WriteFailed"
+"""The reason of Running=False while the API server does not take what an attempt needs."""
 SUSPENDING = "Suspending"
 """The reason of Suspended=False, and the phase, until no pod is left of a job to be suspended."""
 ENDING = ("PodsStopping", "PodsNotEnding")
@@ -139,7 +141,8 @@ def phase(status: Object) -> tuple[str, str]:
     begun = "pyTorchJobUID" in status
     if accepted.get("status") == "False" and not begun:
         return "Pending", accepted.get("reason", "")
-    restarts_after = running.get("reason") in ENDING and status.get("attempt", 1) > 1
+    held_up = running.get("reason") in (*ENDING, WRITE_FAILED)
+    restarts_after = held_up and status.get("attempt", 1) > 1
     if running.get("reason") == "Restarting" or restarts_after:
         return "Restarting", running["reason"]
     begun = begun or running.get("reason") in STARTING

@@ -71,6 +71,8 @@ def test_what_no_retry_can_help_is_final(code: int, reason: str) -> None:
         "reason": reason,
         "exitCode": code,
         "message": "dataPath: no such file",
+        "finishedAt": text_of(START),
+        "attempt": 1,
     }
     assert "dataPath: no such file" in world.condition("Failed")["message"]
     assert world.step().actions == (DeletePyTorchJob("sample", "job-1"),)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from osft_operator.actions import DeleteOSFTJob, DeletePyTorchJob
+from osft_operator.causes import known
 from osft_operator.draft import Draft
-from osft_operator.failure import cause, is_lost
+from osft_operator.failure import is_lost
 from osft_operator.observed import Object, find_condition, is_deleting, is_true
 from osft_operator.predecessors import may_write
 from osft_operator.waiting import lost_words
@@ -47,15 +48,14 @@ def _end(draft: Draft, reason: str) -> None:
     draft.look_again(0)
 
 
-def fail_by_pods(draft: Draft, pods: list[Object], why: str | None = None) -> None:
+def fail_by_pods(draft: Draft, why: str | None = None) -> None:
     """The job has failed for good, and a pod knows the cause.
 
     Args:
         draft: the decision.
-        pods: those of the attempt.
         why: a reason beyond the pod's own, for instance that no restart is left.
     """
-    ended = cause(pods)
+    ended = known(draft.status)
     words = ended.words() if ended is not None else "no pod has said why"
     if why is None:
         fail(draft, ended.reason if ended is not None else "PyTorchJobFailed", words)

@@ -1,6 +1,6 @@
-"""Reads pods: who failed first and with which words, how often they restarted, how many run.
+"""Reads pods: how they ended and with which words, how often they restarted, how many run.
 
-Called by decide, status and restarts; why a pod does not start is in waiting. Pure. Everything a
+Called by causes, gang and restarts; why a pod does not start is in waiting. Pure. Everything a
 container wrote is untrusted: it is bounded, freed of control characters, and never decides more
 than its exit code does.
 """
@@ -15,18 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from osft_operator.names import CONTAINER
-from osft_operator.observed import Object, find_condition, is_deleting, time_of
+from osft_operator.observed import Object, find_condition, is_deleting, text_of, time_of
 from osft_operator.status_model import FailureStatus
 from osft_trainer.report import VERSION_SKEW, ExitCode, Progress, Termination
 
 MAX_MESSAGE = 2048
-SAME_ROUND = datetime.timedelta(seconds=120)
-"""When one rank dies the others follow within this time, so these failures have one cause."""
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}\Z")
 _FINAL_CODES = [int(code) for code in ExitCode if code.is_final]
-_FOLLOWERS = (1, int(ExitCode.TRY_AGAIN), int(ExitCode.PREEMPTED))
-"""What the other ranks exit with when one has died."""
 
 CURES = {
     "OOMKilled": "the container used more memory than its limit (/dev/shm counts); raise "
@@ -66,7 +62,7 @@ class Ended:
         ours = self.container == CONTAINER and self.reason != VERSION_SKEW
         return ours and self.exit_code in _FINAL_CODES
 
-    def to_status(self) -> dict[str, Any]:
+    def to_status(self, attempt: int) -> dict[str, Any]:
         """As it stands in status.failure."""
         return FailureStatus(
             pod=self.pod,
@@ -74,6 +70,8 @@ class Ended:
             reason=self.reason,
             exit_code=self.exit_code,
             message=self.message,
+            finished_at=text_of(self.finished) if self.finished else None,
+            attempt=attempt,
         ).model_dump(by_alias=True, exclude_none=True)
 
     def words(self) -> str:
@@ -83,25 +81,29 @@ class Ended:
         return f"{where} ended{code} ({self.reason}): {self.message}".rstrip(": ")
 
 
-def cause(pods: Sequence[Object]) -> Ended | None:
-    """The failure that explains the newest round of failures; None when nothing failed."""
-    # a pod that is being deleted was told to end; unless the cluster says that it took it away
-    found = [
-        ended for pod in pods if not is_deleting(pod) or _disruption(pod) for ended in _ended(pod)
-    ]
-    if not found:
-        return None
-    earliest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
-    newest = max(ended.finished or earliest for ended in found)
-    recent = [ended for ended in found if newest - (ended.finished or earliest) <= SAME_ROUND]
+def ends(pods: Sequence[Object]) -> list[Ended]:
+    """The latest end with an error of each container, and of each pod that was taken away."""
+    return [ended for pod in pods for ended in _ended(pod) if _is_evidence(ended, pod)]
 
-    def rank(ended: Ended) -> tuple[int, datetime.datetime, str]:
-        follows = ended.exit_code in _FOLLOWERS or ended.reason == "NCCLTimeout"
-        weight = 0 if ended.is_final else 2 if follows else 1
-        return weight, ended.finished or earliest, ended.pod
 
-    finals = [ended for ended in found if ended.is_final]
-    return min(finals or recent, key=rank)
+def lost(pods: Sequence[Object]) -> list[Ended]:
+    """The pods whose nodes do not answer, as ends: they explain those of the others."""
+    found = []
+    for pod in filter(is_lost, pods):
+        since = find_condition(pod.get("status") or {}, "Ready").get("lastTransitionTime")
+        name, when = str(pod["metadata"]["name"]), time_of(since) if since else None
+        found.append(Ended(name, "", None, "NodeLost", "its node does not answer", when))
+    return found
+
+
+def _is_evidence(ended: Ended, pod: Object) -> bool:
+    """A pod that is being deleted was told to end: what it says from then on explains nothing."""
+    if not is_deleting(pod) or not ended.container:
+        return True
+    metadata = pod["metadata"]
+    grace = datetime.timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    asked = time_of(metadata["deletionTimestamp"]) - grace
+    return ended.finished is not None and ended.finished < asked
 
 
 def restart_count(pods: Sequence[Object]) -> int:
@@ -215,18 +217,30 @@ def _ended(pod: Object) -> Iterator[Ended]:
             if terminated and terminated.get("exitCode") != 0:
                 ends.append(_of_container(pod, str(container.get("name")), terminated))
                 break
-    taken = _taken_away(pod)
+    taken = _taken_away(pod, ends)
     if taken is not None and not any(ended.is_final for ended in ends):
-        # what its containers said then is that they were told to end
         yield taken
+        # what its containers said from then on is that they were told to end
+        yield from (each for each in ends if _is_before(each, taken))
         return
     yield from ends
     if status.get("phase") == "Failed" and not ends:
         message = clean(status.get("message"))
-        yield Ended(pod["metadata"]["name"], "", None, "PodFailed", message, None)
+        yield Ended(pod["metadata"]["name"], "", None, "PodFailed", message, _last_change(pod))
 
 
-def _taken_away(pod: Object) -> Ended | None:
+def _is_before(ended: Ended, other: Ended) -> bool:
+    times = (ended.finished, other.finished)
+    return times[0] is not None and times[1] is not None and times[0] < times[1]
+
+
+def _last_change(pod: Object) -> datetime.datetime | None:
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    times = [time_of(when) for each in conditions if (when := each.get("lastTransitionTime"))]
+    return max(times, default=None)
+
+
+def _taken_away(pod: Object, ends: Sequence[Ended]) -> Ended | None:
     """How the node or the cluster ended a pod; None when its own containers did."""
     status = pod.get("status") or {}
     disruption = _disruption(pod)
@@ -239,7 +253,8 @@ def _taken_away(pod: Object) -> Ended | None:
     else:
         return None
     when = disruption.get("lastTransitionTime") if disruption else None
-    finished = time_of(when) if when else None
+    ended = [each.finished for each in ends if each.finished]
+    finished = time_of(when) if when else min(ended, default=_last_change(pod))
     return Ended(pod["metadata"]["name"], "", None, reason, message, finished)
 
 

@@ -6,7 +6,7 @@ never end an attempt or begin another.
 
 from __future__ import annotations
 
-from osft_operator import failure, names, waiting
+from osft_operator import causes, failure, names, waiting
 from osft_operator.actions import PollTarget
 from osft_operator.draft import Draft
 from osft_operator.observed import (
@@ -51,7 +51,7 @@ def _say_which_start(draft: Draft, current: Object, pods: list[Object], count: s
         draft.waits_for("Pod", late[0]["metadata"]["name"])
     else:
         draft.waits_for("PyTorchJob", current["metadata"]["name"])
-    ended = failure.cause(pods)
+    ended = causes.known(draft.status)
     if failure.is_restarting(pods) or is_true(current, "Restarting"):
         draft.condition("Running", "False", "Restarting", ended.words() if ended else count)
     elif draft.recorded("Running")[1] == "Restarting":

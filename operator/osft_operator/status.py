@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from osft_operator import failure, restarts
+from osft_operator import causes, failure, restarts
 from osft_operator.observed import Object, Observed, find_condition, replicas, text_of
 from osft_operator.status_model import (
     CheckpointStatus,
@@ -58,8 +58,7 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
     if not any(find_condition(status, end)["status"] == "True" for end in ("Failed", "Complete")):
         # later ends come from our own deletion, or are of pods whose work is done
         restarts.count(status, current, pods, replicas(current), now)
-        if (ended := failure.cause(pods)) is not None:
-            status["failure"] = ended.to_status()
+        causes.record(status, pods, now)
     # whoever answers now has gone on from the last words of before
     words = failure.last_progress(pods, ended_only=observed.progress is not None)
     for progress in (observed.progress, words):

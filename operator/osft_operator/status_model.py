@@ -134,7 +134,7 @@ class CheckpointStatus(Part):
 
 
 class FailureStatus(Part):
-    """The last failure: which container, how, and its last words."""
+    """The failure that explains the others of its time: where it was, how, and its last words."""
 
     pod: Annotated[str, Field(max_length=253)] | None = None
     """Name of the pod."""
@@ -146,6 +146,10 @@ class FailureStatus(Part):
     """Exit code of the container."""
     message: Annotated[str, Field(max_length=2048)] = ""
     """Its last words."""
+    finished_at: Time | None = None
+    """When it failed."""
+    attempt: int | None = Field(default=None, ge=1)
+    """In which attempt."""
 
 
 class ReplacedPods(Part):

@@ -7,7 +7,17 @@ it is recorded.
 
 from __future__ import annotations
 
-from osft_operator import attempts, endings, failure, gang, names, predecessors, stall, suspension
+from osft_operator import (
+    attempts,
+    causes,
+    endings,
+    failure,
+    gang,
+    names,
+    predecessors,
+    stall,
+    suspension,
+)
 from osft_operator.actions import (
     CreateClaim,
     CreatePyTorchJob,
@@ -139,11 +149,11 @@ def _create(draft: Draft, job: OSFTJob | None, name: str) -> None:
 def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
     """The attempt's PyTorchJob is there: its end, its failures, its pods."""
     pods = draft.observed.pods_of(current)
-    ended = failure.cause(pods)
+    ended = causes.known(draft.status)
     if is_true(current, "Succeeded"):
         endings.complete(draft)
     elif ended is not None and ended.is_final:
-        endings.fail_by_pods(draft, pods)
+        endings.fail_by_pods(draft)
     elif is_deleting(current):
         if not _past_deadline(draft, run):
             _see_off(draft, run, current, pods)
@@ -151,11 +161,11 @@ def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
         condition = find_condition(current["status"], "Failed")
         why = ended.words() if ended else failure.clean(condition.get("message"))
         if not attempts.record_restart(draft, run, why):
-            endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
+            endings.fail_by_pods(draft, "MaxRestartsExceeded")
     elif beyond_budget(draft.observed.status, draft.status, run.max_restarts):
         recorded = draft.observed.status.get("restarts", 0)
         draft.status["restarts"] = max(recorded, run.max_restarts)
-        endings.fail_by_pods(draft, pods, "MaxRestartsExceeded")
+        endings.fail_by_pods(draft, "MaxRestartsExceeded")
     elif not _past_deadline(draft, run):
         _suspend_or_run(draft, run, current, pods)
 

@@ -79,6 +79,7 @@ def test_everything_that_is_promised_has_an_alert() -> None:
         "OSFTOperatorListStale",
         "OSFTOperatorNamespaceNotServed",
         "OSFTOperatorErrors",
+        "OSFTOperatorBug",
         "OSFTJobStalled",
         "OSFTJobLossNotFinite",
         "OSFTJobWaitsForGPUs",
@@ -166,7 +167,8 @@ def test_a_job_is_one_line_and_one_that_has_ended_has_no_speed() -> None:
 
 
 @pytest.mark.parametrize(
-    "alert", ["OSFTOperatorWatchStale", "OSFTOperatorErrors", "OSFTJobLossNotFinite"]
+    "alert",
+    ["OSFTOperatorWatchStale", "OSFTOperatorErrors", "OSFTOperatorBug", "OSFTJobLossNotFinite"],
 )
 def test_what_an_alert_sees_grow_is_there_before_the_first_time(alert: str) -> None:
     asked = re.findall(r"(?:increase|rate)\((\w+)", alerts(monitoring())[alert]["expr"])

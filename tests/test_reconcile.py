@@ -10,11 +10,11 @@ import pytest
 
 import job_samples
 from cluster.control_plane import ControlPlane
-from osft_operator.actions import Event
+from osft_operator.actions import Decision, Event
 from osft_operator.budget import Budget
 from osft_operator.cluster import Cluster, Conflict, Refused
 from osft_operator.events import Recorder, newest_about
-from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind
+from osft_operator.kinds import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Kind
 from osft_operator.merge_patch import merge_patch
 from osft_operator.names import JOB_LABEL
 from osft_operator.observed import Said
@@ -147,6 +147,40 @@ def test_a_refusal_is_a_condition_with_the_servers_words_and_told_once(
         assert await scene.names(PYTORCHJOBS) == ["run"]
         assert (await scene.condition("Accepted"))["status"] == "True"
 
+    tell(story)
+
+
+@pytest.mark.cluster
+def test_the_author_is_told_of_a_bug_and_of_a_status_that_cannot_be_written(
+    tell: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Decision:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    def strange(*_: object) -> Decision:
+        return Decision({"phase": "Nonsense"})
+
+    async def story(scene: Scene) -> None:
+        for _ in range(2):
+            with pytest.raises(RecursionError):
+                await scene.one_pass()
+        accepted = await scene.condition("Accepted")
+        assert (accepted["status"], accepted["reason"]) == ("False", "InternalError")
+        assert "RecursionError: maximum recursion depth exceeded" in accepted["message"]
+        assert (await scene.job())["status"]["phase"] == "Pending"
+        assert await scene.said() == {"InternalError": 1}
+        monkeypatch.setattr("osft_operator.reconcile.decide", strange)
+        with pytest.raises(Refused, match="Nonsense"):
+            await scene.one_pass()
+        assert await scene.said() == {"InternalError": 1}
+        monkeypatch.undo()
+        await scene.settle()
+        assert (await scene.condition("Accepted"))["status"] == "True"
+        assert await scene.names(PYTORCHJOBS) == ["run"]
+        events = (await scene.cluster.list_all(EVENTS, scene.namespace)).items
+        assert any("does not take the job's status" in each["message"] for each in events)
+
+    monkeypatch.setattr("osft_operator.reconcile.decide", broken)
     tell(story)
 
 

@@ -1,8 +1,9 @@
 """What the watches, the lists and our own writes have said, in plain dicts.
 
 Watches (handlers), lists (resync) and answers to writes (reconcile) put objects in; reconcile and
-polling read. Every object belongs to one OSFTJob: itself, or the one its label names. Used from the
-main event loop only; must never call the cluster, and what it returns must not be changed.
+polling read. Every object belongs to one OSFTJob: itself, or the one its label names. Of an object
+that is too deep or too large so much is kept as shows that it is. Used from the main event loop
+only; must never call the cluster, and what it returns must not be changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Set
 from typing import Any
 
+from osft_operator.bounds import CUT_LEVELS, Excess, too_long_template
+from osft_operator.isolation import set_aside
 from osft_operator.kinds import (
     CLAIMS,
     OSFTJOBS,
@@ -35,6 +38,18 @@ SPEC_FIELDS = {
 }
 """All that is kept of these specs: they are by far the largest part, and nothing reads the rest."""
 UNREAD_METADATA = ("managedFields", "annotations")
+NEEDED_METADATA = (
+    "name",
+    "namespace",
+    "uid",
+    "resourceVersion",
+    "generation",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "labels",
+    "ownerReferences",
+)
+"""What is kept of an object that cannot be read."""
 SHARED_CHARACTERS = 64
 """Longest text that is worth a look whether another object has it, too."""
 
@@ -160,6 +175,17 @@ def _number(version: str) -> int:
 
 def trimmed(kind: Kind, body: Object) -> Object:
     """What is kept of an object: nothing that nobody reads, and no text twice."""
+    metadata = body["metadata"]
+    with set_aside("watch", f"{kind.kind} {metadata.get('namespace')}/{metadata.get('name')}"):
+        return _trimmed(kind, body)
+    # so much is needed to know that it is there
+    kept = {name: metadata[name] for name in NEEDED_METADATA if name in metadata}
+    unread = Excess("spec: the operator cannot read this object; see its log")
+    spec = {"podTemplate": unread} if kind is OSFTJOBS else {}
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": kept, "spec": spec}
+
+
+def _trimmed(kind: Kind, body: Object) -> Object:
     metadata = {k: v for k, v in body["metadata"].items() if k not in UNREAD_METADATA}
     kept: dict[str, Any] = {**body, "metadata": metadata}
     if kind in SPEC_FIELDS:
@@ -170,16 +196,22 @@ def trimmed(kind: Kind, body: Object) -> Object:
                 each: {"replicas": replica.get("replicas", 1)}
                 for each, replica in spec[REPLICA_SPECS].items()
             }
-    shared: Object = _shared(kept)
+    shared: Object = _shared(kept, CUT_LEVELS)
+    if kind is OSFTJOBS and (large := too_long_template(shared)) is not None:
+        shared["spec"]["podTemplate"] = large
     return shared
 
 
-def _shared(value: Any) -> Any:
-    """The same value made of strings that all objects share, as long as they are short."""
+def _shared(value: Any, levels: int) -> Any:
+    """The same value, at most so deep, of strings that all objects share where they are short."""
     if isinstance(value, str):
-        return sys.intern(value) if len(value) <= SHARED_CHARACTERS else value
-    if isinstance(value, dict):
-        return {sys.intern(name): _shared(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_shared(each) for each in value]
-    return value
+        return _short(value)
+    if isinstance(value, dict) and levels > 0:
+        return {_short(name): _shared(each, levels - 1) for name, each in value.items()}
+    if isinstance(value, list) and levels > 0:
+        return [_shared(each, levels - 1) for each in value]
+    return {} if isinstance(value, dict | list) else value
+
+
+def _short(text: str) -> str:
+    return sys.intern(text) if len(text) <= SHARED_CHARACTERS else text

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from osft_operator import inspection, names, policy, render
+from osft_operator import bounds, inspection, names, policy, render
 from osft_operator.local import LocalJob
 from osft_operator.resolved import RenderSettings, resolve
 from osft_operator.spec import OSFTJob, problems
@@ -145,6 +145,10 @@ def load(file: str) -> list[Object]:
         documents = [item for item in yaml.safe_load_all(text) if item is not None]
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(
+            f"{file} is more than {bounds.MAX_LEVELS} levels deep: write it flatter"
+        ) from None
     jobs = [item for item in documents if isinstance(item, dict) and item.get("kind") == names.KIND]
     if not jobs:
         raise ValueError(f"{file} holds no document of kind {names.KIND}: set apiVersion and kind")

@@ -33,6 +33,7 @@ from osft_operator.cluster_errors import (
     KindMissing,
     NotFound,
     Refused,
+    TooLarge,
     Unavailable,
     document,
     of_answer,
@@ -56,6 +57,8 @@ __all__ = [
 
 PAGE_SIZE = 250
 """Objects in one page of a list: larger ones are not faster, and cost tens of MiB here."""
+PAGE_BYTES = 8 * 2**20
+"""Longest page: of objects that are so large, fewer are asked for at a time."""
 FIELD_MANAGER = "osft-operator"
 """Name of this writer in managedFields."""
 OBJECT_SECONDS = 10.0
@@ -166,11 +169,18 @@ class Cluster:
         Raises:
             Gone: when the server has forgotten the list between two pages.
         """
-        query = {"limit": str(PAGE_SIZE)}
-        query |= {"labelSelector": labels} if labels else {}
+        limit, query = PAGE_SIZE, {"labelSelector": labels} if labels else {}
         query |= {"fieldSelector": fields} if fields else {}
         while True:
-            page = await self._call("GET", kind, kind.path(namespace), query=query)
+            query["limit"] = str(limit)
+            try:
+                page = await self._call(
+                    "GET", kind, kind.path(namespace), query=query, whole=limit == 1
+                )
+            except TooLarge:
+                limit = max(1, limit // 4)
+                continue
+            limit = min(PAGE_SIZE, 2 * limit)
             metadata = page.get("metadata", {})
             yield Listing(page.get("items") or [], metadata.get("resourceVersion", ""))
             if not metadata.get("continue"):
@@ -267,19 +277,24 @@ class Cluster:
         *,
         query: dict[str, str] | None = None,
         body: Object | None = None,
+        whole: bool = True,
     ) -> Object:
         loop = asyncio.get_running_loop()
         url = path + ("?" + urlencode(query) if query else "")
         threads = self._lease_thread if kind is LEASES else self._threads
-        return await loop.run_in_executor(threads, self._request, method, kind, url, body)
+        return await loop.run_in_executor(threads, self._request, method, kind, url, body, whole)
 
-    def _request(self, method: str, kind: Kind, url: str, body: Object | None) -> Object:
+    def _request(
+        self, method: str, kind: Kind, url: str, body: Object | None, whole: bool
+    ) -> Object:
         """One request, in a thread of the pool."""
-        if found := document(self._raw(method, kind, url, body)):
+        if found := document(self._raw(method, kind, url, body, whole)):
             return found
         raise Unavailable(f"{method} {kind.plural}: the answer is no JSON object")
 
-    def _raw(self, method: str, kind: Kind, url: str, body: Object | None) -> bytes:
+    def _raw(
+        self, method: str, kind: Kind, url: str, body: Object | None, whole: bool = True
+    ) -> bytes:
         if method != "GET" and kind is not LEASES:
             self.before_write()
         headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER}
@@ -294,7 +309,7 @@ class Cluster:
             response = self._client.rest_client.request(
                 method, host + url, headers=headers, body=body, _request_timeout=timeout
             )
-            raw: bytes = response.read()
+            raw: bytes = response.read() if whole else _bounded(response.response)
         except (client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
             metrics.api_requests.labels("<error>", method, self._host).inc()
             # what happened to this connection has happened to those that wait beside it
@@ -304,6 +319,20 @@ class Cluster:
         if 200 <= response.status < 300:
             return raw
         raise of_answer(method, kind, response.status, raw, response.headers.get("Retry-After"))
+
+
+def _bounded(response: urllib3.BaseHTTPResponse) -> bytes:
+    """The answer, as long as it is not longer than a page.
+
+    Raises:
+        TooLarge: it is; the connection is closed.
+    """
+    raw = response.read(PAGE_BYTES + 1)
+    if len(raw) > PAGE_BYTES:
+        response.close()
+        raise TooLarge("a page is too large")
+    response.release_conn()
+    return raw
 
 
 def _patience(method: str, kind: Kind, url: str) -> float:

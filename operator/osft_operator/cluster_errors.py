@@ -5,10 +5,11 @@ Part of cluster, which raises these and hands them on. Pure: an answer's code an
 
 from __future__ import annotations
 
-import json
-
+from osft_operator.bounds import read_json
 from osft_operator.kinds import Kind, Object
 
+MAX_RETRY_AFTER_SECONDS = 300.0
+"""Longest wait that an answer may ask for."""
 MAX_MESSAGE = 1024
 """Longest part of the server's words that is kept."""
 
@@ -54,6 +55,10 @@ class Unavailable(ClusterError):
         self.retry_after = retry_after
 
 
+class TooLarge(ClusterError):
+    """The answer is longer than what may be held at one time; ask for less."""
+
+
 class Gone(Unavailable):
     """410: the version that was asked for is too old; list anew."""
 
@@ -76,7 +81,8 @@ def of_answer(
     if code == 410:
         return Gone(text, code=code)
     if code in (401, 408, 429) or code >= 500:
-        wait = float(retry_after) if retry_after and retry_after.isdigit() else None
+        wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
+        wait = None if wait is None else min(wait, MAX_RETRY_AFTER_SECONDS)
         return Unavailable(text, code=code, retry_after=wait)
     if code == 403:
         return Forbidden(message, code=code, reason=reason)
@@ -86,7 +92,7 @@ def of_answer(
 def document(raw: bytes) -> Object:
     """The JSON object of an answer; empty when it is none, as from a proxy in between."""
     try:
-        found = json.loads(raw)
+        found = read_json(raw)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

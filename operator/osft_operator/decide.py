@@ -12,7 +12,7 @@ import datetime
 
 from pydantic import ValidationError
 
-from osft_operator import endings, names, policy, steps
+from osft_operator import endings, internal_error, names, policy, steps
 from osft_operator.actions import (
     Action,
     CreateClaim,
@@ -54,6 +54,8 @@ def decide(observed: Observed, now: datetime.datetime) -> Decision:
     if is_deleting(observed.body):
         return draft.decision()
     if endings.is_finished(observed.status):
+        if draft.recorded("Accepted")[1] == internal_error.REASON:
+            draft.condition("Accepted", "True", "SpecValid")
         endings.after_the_end(draft)
         return draft.decision()
     job = _accepted(draft)

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 from osft_operator.actions import Event
 from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
+from osft_operator.isolation import set_aside
 from osft_operator.kinds import EVENTS, Object
 from osft_operator.leader import LeaseLost
 from osft_operator.observed import Said, text_of
@@ -165,7 +166,9 @@ class Backlog(Recorder):
     async def _write_next(self) -> None:
         job, event, happened = self._waiting.popleft()
         try:
-            await self._say(job, event, happened)
+            # one that cannot even be made must not end the operator, nor hold up the others
+            with set_aside("event", f"{event.reason} of {job['metadata'].get('name')}"):
+                await self._say(job, event, happened)
         except asyncio.CancelledError:
             # Said once more by drain, and counted twice if the server had taken it.
             self._waiting.appendleft((job, event, happened))
@@ -174,9 +177,6 @@ class Backlog(Recorder):
             # Another operator leads now: what is left to say is its own to say.
             self._waiting.clear()
             raise
-        except Exception:
-            # An event that cannot even be made must not end the operator, nor hold up the others.
-            logger.exception("The event %s was lost", event.reason)
 
 
 async def newest_about(cluster: Cluster, namespace: str, uid: str) -> Said | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from osft_operator.cache import Cache, selector
 from osft_operator.cluster import Change, Cluster, ClusterError
+from osft_operator.isolation import set_aside
 from osft_operator.kinds import Object
 from osft_operator.places import Place
 from osft_operator.queue import Key
@@ -104,7 +105,8 @@ class Freshness:
         if (debt := self._owed.get(place)) is not None and debt.body is None:
             del self._owed[place]
         for change in changes:
-            self._take(place, change)
+            with set_aside("watch", f"{kind.kind} {change.object['metadata'].get('name')}"):
+                self._take(place, change)
         return None
 
     def _take(self, place: Place, change: Change) -> None:

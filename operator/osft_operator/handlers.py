@@ -19,14 +19,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain, repeat
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import kopf
-from kopf._cogs.clients import errors, fetching, watching
+from kopf._cogs.clients import api, errors, fetching, watching
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from osft_operator import names
-from osft_operator.cache import selector, trimmed
+from osft_operator.bounds import read_json
+from osft_operator.cache import WATCHED, selector, trimmed
 from osft_operator.kinds import Kind, Object
 from osft_operator.settings import Settings
 
@@ -122,6 +125,26 @@ async def _list_nothing(*, resource: Any, namespace: Any, **more: Any) -> AsyncI
         yield [], await watches.begin(kind, namespace)
 
 
+def _read_event(line: str) -> Any:
+    """In the place of json.loads in kopf's stream: an event, its object made small at once."""
+    # kopf copies objects and compares them with code that calls itself: one that is deep would end
+    # the watch of all, or never be told. And what it has to copy is small so.
+    try:
+        event = read_json(line)
+    except ValueError as error:
+        # cut off in between: the watch is asked for it again
+        raise aiohttp.ClientPayloadError(f"an event is no JSON: {error}") from error
+    found = event.get("object") if isinstance(event, dict) else None
+    if isinstance(found, dict) and (kind := _kind_of(found)) is not None:
+        event["object"] = trimmed(kind, found)
+    return event
+
+
+def _kind_of(body: Object) -> Kind | None:
+    told = (body.get("apiVersion"), body.get("kind"))
+    return next((kind for kind in WATCHED if (kind.api_version, kind.kind) == told), None)
+
+
 class _Forgetful(ResourceMemories):
     """kopf's notes about each object, kept for nobody: at ten thousand jobs they are 100 MiB."""
 
@@ -161,6 +184,7 @@ class Watches:
         watching.logger.addFilter(_is_worth_a_line)
         fetching.fetch_objs = _list_nothing
         watching.watch_objs = _watch_on
+        vars(api)["json"] = SimpleNamespace(loads=_read_event)
         self._thread.start()
 
     async def ended(self) -> None:
@@ -223,8 +247,9 @@ class Watches:
 
     def _handler(self, kind: Kind) -> Callable[..., Any]:
         async def handler(event: Any, **_: Any) -> None:
-            # What waits is small: whole objects that the main loop is behind with are 100 MiB.
-            self._told.append((kind, event["type"], trimmed(kind, event["object"])))
+            # What waits is small (_read_event): whole objects that the main loop is behind with are
+            # 100 MiB.
+            self._told.append((kind, event["type"], event["object"]))
             # Waking the main loop is a system call; whatever waits already has done it.
             if len(self._told) == 1 and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._hand_on)

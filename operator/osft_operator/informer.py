@@ -20,6 +20,7 @@ from osft_operator.cluster import Cluster, ClusterError, Gone, KindMissing, Unav
 from osft_operator.endings import is_finished
 from osft_operator.freshness import Freshness
 from osft_operator.handlers import Watches
+from osft_operator.isolation import set_aside
 from osft_operator.kinds import OSFTJOBS, Kind, Object
 from osft_operator.places import Place, Places
 from osft_operator.queue import Key
@@ -217,7 +218,9 @@ class Informer:
 
     def _is_finished(self, key: Key) -> bool:
         job = self._cache.get(OSFTJOBS, *key) or {}
-        return is_finished(job.get("status") or {})
+        with set_aside("list", key):
+            return is_finished(job.get("status") or {})
+        return False
 
     def _listed(self, place: Place, version: str) -> None:
         """A list was read to its end."""
@@ -254,12 +257,13 @@ class Informer:
         metrics.watch_events.labels(kind.plural).inc()
         namespace = body["metadata"]["namespace"] if self._settings.namespaces else None
         self._freshness.told((kind, namespace), body)
-        change = self._cache.remove if event == "DELETED" else self._cache.put
-        key = change(kind, body)
-        if (job := job_of(kind, body)) is not None:
-            self._resync.told(kind, job)
-        if key is not None:
-            self._news(key)
+        with set_aside("watch", f"{kind.kind} {body['metadata'].get('name')}"):
+            change = self._cache.remove if event == "DELETED" else self._cache.put
+            key = change(kind, body)
+            if (job := job_of(kind, body)) is not None:
+                self._resync.told(kind, job)
+            if key is not None:
+                self._news(key)
         metrics.watch_timestamp.labels(kind.plural).set_to_current_time()
 
 

@@ -17,7 +17,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from osft_operator import obstacles, predecessors, resources, waiting
+from osft_operator import metrics, obstacles, predecessors, resources, waiting
+from osft_operator.isolation import set_aside
 from osft_operator.metrics import registry
 from osft_operator.observed import find_condition, time_of
 
@@ -43,6 +44,8 @@ OUTCOMES = frozenset(
 """Reasons that become a label. A pod can say any word: all others count as Other."""
 WAITING = ("Pending", "Queued", "Starting")
 """Phases of a job that would like to run."""
+NOT_ACCEPTED = ("Denied", "InvalidSpec", "InternalError", "Refused")
+"""Reasons of Accepted=False with which no job waits for room."""
 FOR_ITS_AUTHOR = obstacles.FOR_ITS_AUTHOR | predecessors.FOR_ITS_AUTHOR | waiting.FOR_ITS_AUTHOR
 """Reasons of Running=False with which no job waits for room."""
 
@@ -97,6 +100,9 @@ run_seconds = Histogram(
 def changed(old: Object, new: Object) -> None:
     """Count what a status write says that the status before did not say."""
     restarts.inc(max(0, new.get("restarts", 0) - old.get("restarts", 0)))
+    reasons = [find_condition(status, "Accepted").get("reason") for status in (old, new)]
+    if reasons[1] == "InvalidSpec" and reasons[0] != "InvalidSpec":
+        metrics.set_aside.labels("decision", "InvalidSpec").inc()
     before, after = (
         {kind: find_condition(status, kind) for kind in ("Running", "Suspended")}
         for status in (old, new)
@@ -133,32 +139,46 @@ class Survey(Collector):
 
     def take(self, bodies: Iterable[Object], now: datetime.datetime) -> None:
         """Look at all jobs there are now; what is not among them any more is forgotten."""
-        phases: dict[str, int] = collections.Counter()
-        waits = {"true": 0.0, "false": 0.0}
-        stalling = without_loss = 0
+        counts = _Counts()
         families = _families() if self._per_job else {}
         for body in bodies:
-            status = body.get("status") or {}
-            phase = status.get("phase") or "Pending"
-            phases[phase] += 1
-            stalled_now = find_condition(status, "Stalled").get("status") == "True"
-            stalling += phase == "Running" and stalled_now
-            without_loss += phase == "Running" and _lost(status)
-            if phase in WAITING and _may_begin(status):
-                gpu = "true" if _wants_gpus(body) else "false"
-                waits[gpu] = max(waits[gpu], _waited(body, status, now))
-            if families:
-                _add(families, body, status)
-        count_phases(phases)
-        stalled.set(stalling)
-        loss_not_finite.set(without_loss)
-        for gpu, seconds in waits.items():
+            metadata = body["metadata"]
+            with set_aside("survey", f"{metadata['namespace']}/{metadata['name']}"):
+                counts.add(body, now)
+                if families:
+                    _add(families, body, body.get("status") or {})
+        count_phases(counts.phases)
+        stalled.set(counts.stalled)
+        loss_not_finite.set(counts.without_loss)
+        for gpu, seconds in counts.waits.items():
             oldest_waiting.labels(gpu).set(seconds)
         self._families = tuple(families.values())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The single jobs' numbers, for a scrape."""
         yield from self._families
+
+
+class _Counts:
+    """What the gauges say of all jobs."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, int] = collections.Counter()
+        self.waits = {"true": 0.0, "false": 0.0}
+        self.stalled = 0
+        self.without_loss = 0
+
+    def add(self, body: Object, now: datetime.datetime) -> None:
+        """Count one job."""
+        status = body.get("status") or {}
+        phase = status.get("phase") or "Pending"
+        self.phases[phase] += 1
+        if phase == "Running":
+            self.stalled += find_condition(status, "Stalled").get("status") == "True"
+            self.without_loss += _lost(status)
+        if phase in WAITING and _may_begin(status):
+            gpu = "true" if _wants_gpus(body) else "false"
+            self.waits[gpu] = max(self.waits[gpu], _waited(body, status, now))
 
 
 def count_phases(phases: Mapping[str, int]) -> None:
@@ -225,7 +245,7 @@ def _wants_gpus(body: Object) -> bool:
 
 def _may_begin(status: Object) -> bool:
     """Whether it waits for the cluster; a job that is refused or wrong waits for its author."""
-    if find_condition(status, "Accepted").get("reason") in ("Denied", "InvalidSpec", "Refused"):
+    if find_condition(status, "Accepted").get("reason") in NOT_ACCEPTED:
         return False
     return find_condition(status, "Running").get("reason") not in FOR_ITS_AUTHOR
 

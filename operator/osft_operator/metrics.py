@@ -108,6 +108,15 @@ resync_drift = Counter(
     ["kind"],
     registry=registry,
 )
+PARTS = ("list", "watch", "decision", "status", "survey", "poll", "event")
+"""Where an object can be set aside."""
+set_aside = Counter(
+    "osft_operator_set_aside",
+    "Objects that could not be read or judged, by where, while the others went on: InvalidSpec is "
+    "their author's, InternalError a bug.",
+    ["part", "reason"],
+    registry=registry,
+)
 resync_timestamp = Gauge(
     "osft_operator_resync_timestamp_seconds", "When the last resync ended.", registry=registry
 )
@@ -125,6 +134,9 @@ build_info = Gauge(
 reconcile_errors.labels(CONTROLLER)
 for _result in ("success", "requeue_after", "error"):
     reconciles.labels(CONTROLLER, _result)
+for _part in PARTS:
+    set_aside.labels(_part, "InternalError")
+set_aside.labels("decision", "InvalidSpec")
 
 
 def serve(address: str, port: int) -> tuple[int, Callable[[], None]]:

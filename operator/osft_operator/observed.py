@@ -7,6 +7,7 @@ the cluster, a clock or the environment.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,13 @@ from osft_operator.resolved import RenderSettings
 from osft_trainer.report import Progress
 
 Object = Mapping[str, Any]
+
+ATTEMPT_DIGITS = 4
+"""More than any budget of restarts needs; a label of more is not ours."""
+EARLIEST = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+LATEST = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+
+_TIME = re.compile(r"(\d{4})-\d\d-\d\dT\d\d:\d\d:\d\d", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def find_condition(status: Object, condition: str) -> Object:
 def attempt_of(job: Object) -> int:
     """The attempt a PyTorchJob is, by its label; 0 when it has none."""
     text = (job["metadata"].get("labels") or {}).get(names.ATTEMPT_LABEL, "0")
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and len(text) <= ATTEMPT_DIGITS else 0
 
 
 def is_deleting(body: Object) -> bool:
@@ -159,10 +167,30 @@ def replicas(job: Object) -> int:
 
 
 def time_of(text: str) -> datetime.datetime:
-    """An RFC 3339 time of the API."""
-    return datetime.datetime.fromisoformat(text)
+    """An RFC 3339 time of the API, in UTC.
+
+    The API server takes more than Python: the year 0, offsets of days. Such a time is the nearest
+    one that there is.
+
+    Raises:
+        ValueError: the text is no time.
+    """
+    try:
+        read = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        match = _TIME.match(text)
+        if match is None:
+            raise
+        if int(match[1]) < datetime.MINYEAR:
+            return EARLIEST
+        read = datetime.datetime.fromisoformat(match[0])
+    try:
+        return read.replace(tzinfo=read.tzinfo or datetime.UTC).astimezone(datetime.UTC)
+    except OverflowError:
+        return EARLIEST if read.year <= datetime.MINYEAR else LATEST
 
 
 def text_of(time: datetime.datetime) -> str:
     """A time as the API writes it: whole seconds, UTC."""
-    return time.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    whole = time.astimezone(datetime.UTC).replace(microsecond=0, tzinfo=None)
+    return f"{whole.isoformat()}Z"

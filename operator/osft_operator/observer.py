@@ -15,7 +15,7 @@ from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import JOB_LABEL, attempt_name, claim_name
-from osft_operator.observed import Observed, Said, controller
+from osft_operator.observed import Observed, Said, controller, time_of
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.resolved import RenderSettings
@@ -177,8 +177,7 @@ def _is_late(pod: Object, now: datetime.datetime) -> bool:
 
 
 def _age_seconds(body: Object, now: datetime.datetime) -> float:
-    made = datetime.datetime.fromisoformat(body["metadata"]["creationTimestamp"])
-    return (now - made).total_seconds()
+    return (now - time_of(body["metadata"]["creationTimestamp"])).total_seconds()
 
 
 def _has_own(job: Object, pytorch_jobs: Sequence[Object]) -> bool:
@@ -191,7 +190,7 @@ def _ended_long_ago(job: Object, now: datetime.datetime) -> bool:
     ended = (job.get("status") or {}).get("completionTime")
     if not _is_over(job) or ended is None:
         return False
-    return (now - datetime.datetime.fromisoformat(ended)).total_seconds() > STOPPING_SECONDS
+    return (now - time_of(ended)).total_seconds() > STOPPING_SECONDS
 
 
 def _is_over(job: Object) -> bool:

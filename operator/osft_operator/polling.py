@@ -23,6 +23,7 @@ import aiohttp
 
 from osft_operator import metrics
 from osft_operator.actions import PollTarget
+from osft_operator.isolation import set_aside
 from osft_operator.poll_order import PollOrder
 from osft_operator.queue import Key
 from osft_operator.settings import Settings
@@ -149,6 +150,11 @@ class Poller:
                 await self._changed.wait()
 
     async def _ask(self, key: Key, pod: PollTarget) -> None:
+        """Ask one pod; whatever it answers, the others are asked, too."""
+        with set_aside("poll", f"pod {pod.pod} of {key}"):
+            await self._ask_one(key, pod)
+
+    async def _ask_one(self, key: Key, pod: PollTarget) -> None:
         asked, answer = self._clock(), None
         try:
             answer = await self._fetch(pod)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from osft_operator import job_metrics, metrics, transitions
+from osft_operator import internal_error, isolation, job_metrics, metrics, transitions
 from osft_operator.actions import (
     Action,
     CreateClaim,
@@ -23,6 +23,7 @@ from osft_operator.actions import (
     Decision,
     DeleteOSFTJob,
     DeletePyTorchJob,
+    Event,
     SuspendPyTorchJob,
 )
 from osft_operator.budget import Budget
@@ -31,6 +32,7 @@ from osft_operator.cluster import (
     AlreadyExists,
     Cluster,
     ClusterError,
+    Forbidden,
     KindMissing,
     NotFound,
     Refused,
@@ -39,6 +41,7 @@ from osft_operator.decide import decide, refused
 from osft_operator.events import Recorder
 from osft_operator.failed_calls import TRIES, not_done, not_read
 from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
+from osft_operator.leader import LeaseLost
 from osft_operator.merge_patch import merge_patch
 from osft_operator.observer import Observer
 from osft_operator.polling import Poller
@@ -109,7 +112,31 @@ class Reconciler:
 
         Raises:
             ClusterError: when the API server could not be reached or changed meanwhile.
+            Exception: a bug that this job brings out; its author has been told.
         """
+        try:
+            return await self._pass(key)
+        except (ClusterError, LeaseLost):
+            raise
+        except Exception as error:
+            await self._tell_of_bug(key, error)
+            raise
+
+    async def _tell_of_bug(self, key: Key, error: Exception) -> None:
+        """Say in the status what keeps the job from being judged; nothing else is done for it."""
+        job = self._cache.get(OSFTJOBS, *key)
+        if job is None:
+            return
+        try:
+            await self._write(key, job, internal_error.verdict(job, error, self._now()))
+        except LeaseLost:
+            raise
+        except Exception as unsaid:
+            # the bug itself is raised, and both are tried again
+            text = "The author could not be told of a bug: %s"
+            logger.warning(text, internal_error.words(unsaid), extra={"osftjob": str(key)})
+
+    async def _pass(self, key: Key) -> float | None:
         if not self._covers(key.namespace):
             # Of a job that cannot be seen whole nothing is decided; its namespace's return is news.
             self._forget(key)
@@ -249,16 +276,29 @@ class Reconciler:
         if change:
             version = job["metadata"]["resourceVersion"]
             patch = {"metadata": {"resourceVersion": version}, "status": change}
-            written = await self._cluster.patch(OSFTJOBS, *key, patch, sub="status")
+            written = await self._patch_status(key, job, patch)
             self._cache.put(OSFTJOBS, written)
             metrics.status_writes.inc()
             self._milestones.discard(key)
             self._budget.forget(key)
             self._written[key] = self._clock()
-            transitions.tell(key, recorded, status)
+            with isolation.set_aside("status", key):
+                transitions.tell(key, recorded, status)
         for event in decision.events:
             await self._recorder.record(job, event)
         return None
+
+    async def _patch_status(self, key: Key, job: Object, patch: Object) -> Object:
+        try:
+            return await self._cluster.patch(OSFTJOBS, *key, patch, sub="status")
+        except Forbidden:
+            raise
+        except Refused as error:
+            # as of an object that a newer definition would not take: its author is told another way
+            isolation.count("status")
+            text = f"the API server does not take the job's status: {error}"
+            await self._recorder.record(job, Event("Warning", internal_error.REASON, text))
+            raise
 
     def _until_write(self, key: Key) -> float:
         last = self._written.get(key, float("-inf"))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from osft_operator import metrics
 from osft_operator.cache import WATCHED, Cache, selector
 from osft_operator.cluster import Cluster, ClusterError, KindMissing, Unavailable
+from osft_operator.isolation import set_aside
 from osft_operator.kinds import Kind
 from osft_operator.places import Place, Places
 from osft_operator.queue import Key
@@ -168,8 +169,10 @@ class Resync:
         version = ""
         try:
             async for page in self._cluster.pages(kind, namespace, labels=selector(kind)):
-                changed |= _known(self._cache.put(kind, body) for body in page.items)
-                present |= {body["metadata"]["uid"] for body in page.items}
+                for body in page.items:
+                    present.add(body["metadata"]["uid"])
+                    with set_aside("list", f"{kind.kind} {body['metadata'].get('name')}"):
+                        changed |= _known([self._cache.put(kind, body)])
                 version = page.version
         except KindMissing:
             raise

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
-from osft_operator import logs, metrics, probes
+from osft_operator import isolation, logs, metrics, probes
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, ClusterError, Conflict, Unavailable
 from osft_operator.events import Backlog
@@ -257,6 +257,7 @@ class Service:
         elif isinstance(error, ClusterError):
             logger.warning("Trying again later: %s", error, extra=about)
         else:
+            isolation.count("decision")
             logger.error("A bug; trying again later", exc_info=error, extra=about)
 
     def _known_jobs(self) -> Iterator[Object]:
@@ -271,7 +272,8 @@ class Service:
         metrics.registry.register(survey)
         try:
             while True:
-                survey.take(self._known_jobs(), datetime.datetime.now(datetime.UTC))
+                with isolation.set_aside("survey", "the survey"):
+                    survey.take(self._known_jobs(), datetime.datetime.now(datetime.UTC))
                 metrics.queue_oldest.set(self._queue.oldest_seconds())
                 await asyncio.sleep(COUNT_SECONDS)
         finally:

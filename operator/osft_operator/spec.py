@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from osft_operator import names
+from osft_operator.bounds import excess
 from osft_operator.spec_part import (
     ABSOLUTE_PATH_PATTERN,
     LABEL_VALUE_PATTERN,
@@ -143,7 +144,10 @@ class Metadata(BaseModel):
 class OSFTJob(BaseModel):
     """An OSFTJob that is valid. Reads the object as the API server or a file gives it."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    # an error in words that holds the whole input could be too deep to be written
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True
+    )
 
     api_version: Literal["osft.dev/v1alpha1"] = Field(alias="apiVersion")
     kind: Literal["OSFTJob"]
@@ -162,6 +166,14 @@ class OSFTJob(BaseModel):
                 folder = f"{mount.rstrip('/')}/{name}"
                 training = {**training, "ckptOutputDir": folder}
                 return {**data, "spec": {**spec, "training": training}}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_bounds(cls, data: Any) -> Any:
+        """Before all else (the last of these runs first): nothing deep is looked at any deeper."""
+        if (found := excess(data)) is not None:
+            raise ValueError(found)
         return data
 
     @model_validator(mode="after")

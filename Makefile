@@ -37,8 +37,9 @@ check: $(VENV)/.dev      ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-generate: $(VENV)/.dev   ## CRD, the chart's copy of it, README tables
+generate: $(VENV)/.dev   ## CRD, the chart's copy of it, the chart's defaults, README tables
 	$(BIN)/python -m osft_operator.crd
+	$(BIN)/python tests/chart_defaults.py
 	$(BIN)/python tests/readme_tables.py
 
 page: $(VENV)/.dev       ## what commands print, on the page for who runs the operator

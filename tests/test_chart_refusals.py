@@ -72,10 +72,6 @@ from chart_rendering import CHART, render
         ({"priorityClassName": "A B"}, "/priorityClassName"),
         ({"policy": {"capabilities": ["CAP_IPC_LOCK"]}}, "/policy/capabilities/0"),
         ({"terminationGracePeriodSeconds": 5}, "/terminationGracePeriodSeconds"),
-        # null takes the default away, which would be an empty list: nothing allowed
-        ({"policy": {"images": None}}, "images"),
-        ({"metrics": None}, "metrics"),
-        ({"replicas": None}, "replicas"),
     ],
 )
 def test_schema_names_what_is_wrong(values: dict[str, Any], named: str) -> None:

@@ -148,7 +148,8 @@ def chart_template() -> str:
         "{{- end }}\n"
     )
     body = head + keep + spec
-    return HEADER + "{{- if .Values.crds.enabled }}\n" + body + "{{- end }}\n"
+    fill = '{{- include "osft-operator.defaults" . }}\n'
+    return HEADER + fill + "{{- if .Values.crds.enabled }}\n" + body + "{{- end }}\n"
 
 
 def _dump(value: Object) -> str:

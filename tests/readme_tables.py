@@ -1,4 +1,4 @@
-"""Writes the generated parts of the READMEs: parameters, benchmarks, rules, metrics.
+"""Writes generated parts of READMEs and docs: parameters, benchmarks, templates, rules, metrics.
 
 Run by `make generate`.
 
@@ -25,6 +25,7 @@ from osft_operator.metrics import registry
 from osft_operator.policy_security import Rule
 from osft_trainer.arguments import describe
 from osft_trainer.config import LaunchParameters, RunParameters, TrainingParameters
+from template_table import template_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -85,6 +86,7 @@ RUN_IN_YAML = {
     "attempt": "(the operator's count)",
     "on_existing_run": "`onExistingRun`",
 }
+TEMPLATES = README.parent / "docs" / "chat-templates.md"
 CHART = README.parent / "charts" / "osft-operator" / "README.md"
 PARTS = {
     README: {
@@ -97,6 +99,7 @@ PARTS = {
         "checkpoint benchmark": checkpoint_tables,
         "data benchmark": data_tables,
     },
+    TEMPLATES: {"chat templates": template_table},
     CHART: {
         "notes": install_notes,
         "rules": rule_table,

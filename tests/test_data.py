@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from data_rows import SOUND, make_tokenizer, prepare_default, prepared, row, trained_text, write
+from data_rows import (
+    SOUND,
+    TEMPLATE,
+    make_tokenizer,
+    prepare_default,
+    prepared,
+    row,
+    trained_text,
+    write,
+)
 from osft_trainer.data import DataCounts, prepare
 from osft_trainer.samples import Chat
 
@@ -43,12 +52,65 @@ def test_unmask_of_a_sample_trains_its_other_turns(tmp_path: Path) -> None:
 def test_what_the_template_leaves_out_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    thinking = row()
-    thinking["messages"][1]["thinking"] = "so"
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    prepare_default(write(tmp_path / "d.jsonl", *[{**thinking, "tools": tools}] * 9), tmp_path)
-    assert caplog.text.count("does not write the assistant's thoughts") == 1
-    assert caplog.text.count("does not write the tools") == 1
+    """Tools, and keys that nothing reads: of rows, of messages, of a template's arguments."""
+    named = {**row(), "tools": [{"type": "function", "function": {"name": "f"}}], "id": 7}
+    named["chat_template_kwargs"] = {"enable_thinking": False, "add": 1}
+    named["messages"][0]["name"] = "Bob"
+    named["messages"][1] |= {"prefix": True, "weight": 1}
+    data = prepare_default(write(tmp_path / "d.jsonl", *[named] * 9, row()), tmp_path)
+    assert [trained_text(data, i) for i in (0, 9)] == ["yes<e>"] * 2
+    assert sorted(record.message for record in caplog.records if record.levelname == "WARNING") == [
+        "nothing uses 'id' of a row",
+        "the chat template does not use 'add' of chat_template_kwargs",
+        "the chat template does not use 'enable_thinking' of chat_template_kwargs",
+        "the chat template does not use 'name' of a message of the role user",
+        "the chat template does not use 'prefix' of a message of the role assistant",
+        "the chat template does not write the tools: the model is not told of them",
+    ]
+
+
+def test_keys_that_the_template_reads_are_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = "{{ m.name }}{{ m.content | upper if loud else m.content }}"
+    template = TEMPLATE.replace("{{ m.content }}", shown)
+    rows = [{**row(), "chat_template_kwargs": {"loud": loud}} for loud in (True, False)]
+    rows.append({**row(), "chat_template_kwargs": '{"loud": true}'})
+    for each in rows:
+        each["messages"][0]["name"] = "Bob"
+    tokenizer = make_tokenizer(template)
+    file = write(tmp_path / "d.jsonl", *rows)
+    options: Any = {"max_seq_len": 99, "on_overlong": "error", "cache_root": tmp_path}
+    data = prepare(file, tokenizer, **options)
+    texts = [tokenizer.decode(data.sample(i)[0]) for i in range(3)]
+    assert texts == ["<u>BobHI<e><a>YES<e>", "<u>Bobhi<e><a>yes<e>", "<u>BobHI<e><a>YES<e>"]
+    assert caplog.text == ""
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path: Path) -> None:
+    def weighted(*weights: Any) -> dict[str, Any]:
+        turns = [*row("a", "one")["messages"], *row("b", "two")["messages"]]
+        return {"messages": [{**turn, "weight": w} for turn, w in zip(turns, weights, strict=True)]}
+
+    rows = [
+        weighted(None, 0, None, 1),
+        weighted(None, 1.0, None, 0),
+        weighted(None, 0, None, 0),
+        {**weighted(0, None, None, 0), "unmask": True},
+    ]
+    data = prepare_default(write(tmp_path / "d.jsonl", *rows), tmp_path)
+    assert [trained_text(data, i) for i in range(3)] == ["two<e>", "one<e>", "one<e>b<e>"]
+    assert make_tokenizer().decode(data.sample(0)[0]) == "<u>a<e><a>one<e><u>b<e><a>two<e>"
+    assert data.counts.dropped_empty == 1
+
+
+def test_parts_of_text_are_one_content_a_line_each(tmp_path: Path) -> None:
+    """As servers read them."""
+    parted = row()
+    parted["messages"][0]["content"] = [{"type": "text", "text": text} for text in ("one", "two")]
+    parted["messages"][1]["content"] = [{"text": "yes", "type": "text"}]
+    data = prepare_default(write(tmp_path / "d.jsonl", parted), tmp_path)
+    assert make_tokenizer().decode(data.sample(0)[0]) == "<u>one\ntwo<e><a>yes<e>"
 
 
 @pytest.mark.parametrize("nothing", ["", " \n", "null", "[]", None, []])
@@ -107,18 +169,6 @@ def test_more_conversations_than_one_group_keep_their_order(tmp_path: Path) -> N
     assert [trained_text(data, i) for i in (0, 63, 64, 299)] == [
         "n0<e>", "n63<e>", "n64<e>", "n299<e>"
     ]  # fmt: skip
-
-
-def test_missing_end_of_turn_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    prepare(
-        write(tmp_path / "d.jsonl", *[row()] * 200),
-        make_tokenizer(template),
-        max_seq_len=100,
-        on_overlong="error",
-        cache_root=tmp_path,
-    )
-    assert caplog.text.count("where to stop") == 1
 
 
 def test_line_ends_of_windows_are_no_fault(tmp_path: Path) -> None:

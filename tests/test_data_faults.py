@@ -22,6 +22,39 @@ FAULTS = {
     "role no text": (SOUND.replace('"user"', "[1]"), "unknown role [1]"),
     "no assistant": ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
     "content parts": (SOUND.replace('"yes"', "[]"), "'content' must be a string, is a list"),
+    "content of an image": (
+        SOUND.replace('"yes"', '[{"type": "text", "text": "a"}, {"type": "image_url"}]'),
+        "message 2 (assistant): part 2 of 'content' is 'image_url': only text is trained, so",
+    ),
+    "content of plain strings": (
+        SOUND.replace('"yes"', '["yes"]'),
+        "part 1 of 'content' is a string: only text is trained, so give parts as {",
+    ),
+    "content of thoughts": (
+        SOUND.replace('"yes"', '[{"type": "thinking", "thinking": "a"}]'),
+        "part 1 of 'content' is 'thinking': only text is trained, so",
+    ),
+    "weight": (
+        SOUND.replace('"yes"', '"yes", "weight": 0.5'),
+        "'weight' must be 1 (learned as usual) or 0 (read and not learned), is 0.5",
+    ),
+    "weight true": (SOUND.replace('"yes"', '"yes", "weight": true'), "'weight' must be 1 "),
+    "template arguments": (
+        SOUND.replace("{", '{"chat_template_kwargs": [1], ', 1),
+        "'chat_template_kwargs' must be an object, is a list",
+    ),
+    "template argument taken": (
+        SOUND.replace("{", '{"chat_template_kwargs": {"tokenize": true}, ', 1),
+        "'chat_template_kwargs' holds 'tokenize', which is not the chat template's: remove it",
+    ),
+    "messages as an argument": (
+        SOUND.replace("{", '{"chat_template_kwargs": {"messages": []}, ', 1),
+        "'chat_template_kwargs' holds 'messages', which is not the chat template's: remove it",
+    ),
+    "thoughts that are not written": (
+        SOUND.replace('"yes"', '"yes", "thinking": "b"'),
+        "message 2 (assistant): the chat template does not write its thoughts (reasoning_content)",
+    ),
     "content null": (SOUND.replace('"yes"', "null"), "'content' must be a string, is null"),
     "half a character": (SOUND.replace("yes", "\\ud83d"), "'content' holds half a character"),
     "tools": (SOUND.replace("{", '{"tools": "x", ', 1), "'tools' is a string, and not of JSON"),

@@ -1,196 +1,56 @@
-# ruff: noqa: RUF001 - the bars in one family's control tokens are full-width
 """The loss mask: exactly the assistant's words and the end of its turn, whatever the template."""
 
 import functools
-import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
 
+from chat_samples import (
+    CHATML,
+    FAMILIES,
+    TOOLS,
+    agent,
+    chat,
+    family_of,
+    make_tokenizer,
+    on_real_templates,
+    real_masker,
+    trained_runs,
+    writes_all_thoughts,
+    writes_calls,
+)
 from osft_trainer.chat_template import common_prefix_length
 from osft_trainer.conversations import THOUGHTS
 from osft_trainer.masking import ChatMasker, MaskedText, MaskedTokens
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = ["the cat sat on the mat", "Assistant: the user asked\n\n", "What is <b>bold</b> text?"]
-
-
-def make_tokenizer(template: str, *, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a few merges, so that tokens cross word and prompt borders."""
-    control = re.findall(r"<[|｜]?[A-Za-z_▁/]+[|｜]?>", template)
-    control = [t for t in control if any(mark in t for mark in "|｜_") and "think" not in t]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    names = ["<s>", "</s>", *special, *control]
-    backend.add_special_tokens([AddedToken(t, special=True) for t in dict.fromkeys(names)])
-    backend.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-
-
-def trained_runs(tokenizer: PreTrainedTokenizerFast, sample: MaskedTokens) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
-    runs: list[list[int]] = [[]]
-    for token, trained in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
-        if trained:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs if run]
 
 
 def trained(template: str, messages: list[dict[str, Any]], **options: Any) -> list[list[str]]:
     """Trained runs of each sample that the conversation becomes."""
     tokenizer = make_tokenizer(template, special=options.pop("special", ()))
-    masker = ChatMasker(tokenizer)
+    masker = ChatMasker(tokenizer, on_missing_eos=options.get("on_missing_eos", "error"))
     samples = masker.tokenize(masker.texts(messages, options.get("tools")))
     return [trained_runs(tokenizer, sample) for sample in samples]
 
 
-def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
-    roles = ["user", "assistant"] * len(contents)
-    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-# What each family writes between the generation prompt and the answer, and what ends a turn.
-# Written by hand from the templates' texts; the longest matching name wins. "\n\n" is one token
-# here: where the prompt ends in "<think>\n" its line end is the answer's first token's.
-FAMILIES = {
-    "cohere": ("", "<|END_OF_TURN_TOKEN|>"),
-    "cohere2": ("", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
-    "deepseek": ("", "<｜end▁of▁sentence｜>"),
-    "diffusion_gemma": ("", "<turn|>"),
-    "gemma": ("", "<end_of_turn>"),
-    "gemma4": ("", "<turn|>"),
-    "glm4moe": ("\n<think></think>\n", ""),  # its turns end with the next one's first token
-    "glm4moe_training": ("\n<think></think>\n", "<|user|>"),
-    "gptoss": ("<|channel|>final<|message|>", "<|return|>"),
-    "idefics3": (" ", "<end_of_utterance>"),
-    "lfm2": ("", "<|im_end|>"),
-    "llama3": ("", "<|eot_id|>"),
-    "llava_next": (" ", "</s>"),
-    "muse_glimmer": (" to=user<|message|>", "<|eot|>"),
-    "nemotron": ("</think>", "<|im_end|>"),
-    "phi3": ("", "<|end|>"),
-    "qwen2": ("", "<|im_end|>"),
-    "qwen3": ("<think>\n\n</think>\n\n", "<|im_end|>"),
-    "qwen3_5_nothink": ("", "<|im_end|>"),
-    "qwen3_5_think": ("\n\n</think>\n\n", "<|im_end|>"),
-    "qwen3_6": ("\n\n</think>\n\n", "<|im_end|>"),
-    "qwen3_8": ("\n\n</think>\n\n", "<|im_end|>"),
-    "qwen3_instruct": ("", "<|im_end|>"),
-    "qwen3_vl": ("", "<|im_end|>"),
-    "smolvlm": (" ", "<end_of_utterance>"),
-}
-
-
-def template_files() -> list[Path]:
-    spec = importlib.util.find_spec("trl")
-    if spec is None or spec.origin is None:
-        return []
-    return sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
-
-
-@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+@on_real_templates
 def test_real_templates_train_the_answers_and_their_ends_only(path: Path) -> None:
-    family = max((name for name in FAMILIES if path.stem.startswith(name)), key=len)
-    scaffold, end = FAMILIES[family]
-    tokenizer = make_tokenizer(path.read_text(), special=(end,) if end else ())
+    scaffold, end = FAMILIES[family_of(path)]
+    tokenizer, masker = real_masker(path)
     messages = chat("What is the mat?", "the cat sat", "And 2+2?", "It is <4> für dich 🙂.")
-    masker = ChatMasker(tokenizer)
     texts = masker.texts(messages)
     samples = masker.tokenize(texts)
     expected = [f"{scaffold}the cat sat{end}", f"{scaffold}It is <4> für dich 🙂.{end}"]
     runs = [trained_runs(tokenizer, sample) for sample in samples]
     assert runs in ([expected], [[run] for run in expected])
-    assert all(text.has_turn_end == bool(end) for text in texts)
+    assert all(text.has_turn_end for text in texts)
     prompts = [tokenizer.decode(s.input_ids[~s.loss_mask].tolist()) for s in samples]
     assert all("What is the mat?" in prompt for prompt in prompts)
 
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Tells the weather.",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "description": "Where."}},
-                "required": ["city"],
-            },
-        },
-    }
-]
-WITHOUT_CALLS = (
-    *("cohere", "gemma3", "gemma", "idefics3", "llama3", "llava_next", "phi3", "qwen2_5_vl"),
-    *("smolvlm", "deepseek_r1_distill", "lfm2"),
-)
-"""Templates that write no calls; deepseek_r1_distill asks for content that is null, which
-transformers leaves out."""
-
-
-def agent(*, thoughts: str | None = "reasoning_content", as_text: bool = False) -> list[Any]:
-    """A question, a call, its result, an answer."""
-    arguments: Any = {"city": "Paris"}
-    call = {
-        "type": "function",
-        "id": "call00001",
-        "function": {
-            "name": "get_weather",
-            "arguments": json.dumps(arguments) if as_text else arguments,
-        },
-    }
-    result = {
-        "role": "tool",
-        "name": "get_weather",
-        "tool_call_id": "call00001",
-        "content": "RESULT",
-    }
-    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-    answering = {"role": "assistant", "content": "ANSWER"}
-    if thoughts:
-        calling[thoughts], answering[thoughts] = "THOUGHT1", "THOUGHT2"
-    return [{"role": "user", "content": "QUESTION"}, calling, result, answering]
-
-
-def family_of(path: Path) -> str:
-    return max((name for name in FAMILIES if path.stem.startswith(name)), key=len)
-
-
-def real_masker(path: Path) -> tuple[PreTrainedTokenizerFast, ChatMasker]:
-    end = FAMILIES[family_of(path)][1]
-    tokenizer = make_tokenizer(path.read_text(), special=(end,) if end else ())
-    return tokenizer, ChatMasker(tokenizer)
-
-
-def writes_calls(path: Path) -> bool:
-    return path.stem.removesuffix("_training").removesuffix("_5") not in (
-        *WITHOUT_CALLS,
-        *("cohere2",),
-    )
-
-
-@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+@on_real_templates
 def test_real_templates_train_calls_and_thoughts(path: Path) -> None:
     """Calls and answers whole, thoughts where the template writes them, nothing of the others."""
     tokenizer, masker = real_masker(path)
@@ -199,6 +59,10 @@ def test_real_templates_train_calls_and_thoughts(path: Path) -> None:
             masker.texts(agent(), TOOLS)
         return
     for thoughts in (None, *THOUGHTS):
+        if thoughts and not writes_all_thoughts(path):
+            with pytest.raises(ValueError, match=r"does not write its thoughts"):
+                masker.texts(agent(thoughts=thoughts), TOOLS)
+            continue
         texts = masker.texts(agent(thoughts=thoughts), TOOLS)
         assert all("get_weather" in text.text for text in texts)
         runs = [trained_runs(tokenizer, sample) for sample in masker.tokenize(texts)]
@@ -209,28 +73,22 @@ def test_real_templates_train_calls_and_thoughts(path: Path) -> None:
         assert answer.endswith(f"ANSWER{FAMILIES[family_of(path)][1]}")
         for word in ("QUESTION", "RESULT", "Tells the weather"):
             assert word not in call + answer
-        if thoughts:
-            assert ("THOUGHT1" in call) == ("THOUGHT1" in texts[0].text)
-            assert ("THOUGHT2" in answer) == ("THOUGHT2" in texts[-1].text)
-            assert masker.writes_thoughts == ("THOUGHT1" in call)
-            scaffold = answer[: answer.find("THOUGHT2")] if "THOUGHT2" in answer else ""
-            assert "THOUGHT1" not in scaffold
+        assert ("THOUGHT1" in call) == ("THOUGHT2" in answer) == bool(thoughts)
+        assert "THOUGHT1" not in answer
 
 
-@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+@on_real_templates
 def test_real_templates_take_arguments_as_object_and_as_text(path: Path) -> None:
     if writes_calls(path):
         _, masker = real_masker(path)
         (as_object, *_), (as_text, *_) = (
-            masker.texts(agent(as_text=form), TOOLS) for form in (False, True)
+            masker.texts(agent(thoughts=None, as_text=form), TOOLS) for form in (False, True)
         )
         assert as_object == as_text
         assert '\\"city' not in as_object.text
 
 
-@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+@on_real_templates
 def test_real_templates_train_every_turn_but_the_systems_when_unmasked(path: Path) -> None:
     tokenizer, masker = real_masker(path)
     system = None if path.stem.startswith("gemma") and "3" not in path.stem else "SYSTEM"
@@ -268,9 +126,8 @@ def test_scaffold_before_thoughts_is_trained_where_history_changes() -> None:
     messages = chat("a", "one", "b", "two")
     messages[1]["thinking"] = messages[3]["thinking"] = "hmm"
     assert trained(template, messages) == [
-        ["<|channel|>hmm<|end|><|message|>one<|end|>"],
-        ["<|channel|>hmm<|end|><|message|>two<|end|>"],
-    ]
+        [f"<|channel|>hmm<|end|><|message|>{answer}<|end|>" for answer in ("one", "two")]
+    ], "a server gives the model the thoughts before, so they are in the text that it learns from"
 
 
 def test_call_that_the_template_does_not_write_is_refused() -> None:
@@ -324,12 +181,13 @@ def test_token_over_the_border_belongs_to_the_answer() -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     # " the" is one token here; its blank is the prompt's last character.
-    assert trained(template, chat("hi", "the cat")) == [[" the cat"]]
+    samples = trained(template, chat("hi", "the cat"), on_missing_eos="ignore")
+    assert samples == [[" the cat"]]
 
 
 def test_without_an_end_of_turn_the_text_says_so() -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    masker = ChatMasker(make_tokenizer(template))
+    masker = ChatMasker(make_tokenizer(template), on_missing_eos="ignore")
     assert [text.has_turn_end for text in masker.texts(chat("hi", "yes"))] == [False]
 
 
@@ -342,11 +200,17 @@ def test_prompt_text_that_moves_is_not_trained() -> None:
         "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     messages = chat("what now", "the cat", "and then", "it sat", system="secret rule")
-    assert trained(template, messages) == [[" the cat</s>", "it sat</s>"]]  # " the" is one token
+    tokenizer = make_tokenizer(template)
+    masker = ChatMasker(tokenizer)
+    samples = masker.tokenize(masker.texts(messages))
+    assert [trained_runs(tokenizer, s) for s in samples] == [[" the cat</s>"], [" it sat</s>"]]
+    assert [tokenizer.decode(s.input_ids[~s.loss_mask].tolist()) for s in samples] == [
+        "[INST] secret rule what now[/INST]",
+        "[INST] what now[/INST] the cat</s>[INST] secret rule and then[/INST]",
+    ], "what a server gives the model for each turn"
 
 
-@pytest.mark.skipif(not template_files(), reason="trl is not installed: it carries the templates")
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: path.stem)
+@on_real_templates
 def test_turns_that_became_one_sample_are_predicted_from_the_same_tokens(path: Path) -> None:
     """Each turn's words and all before them, whether other turns share the sample or not."""
     _, masker = real_masker(path)
@@ -383,7 +247,7 @@ def test_control_token_that_swallows_the_answers_blank_is_not_trained() -> None:
     tokenizer = make_tokenizer(template)
     swallowing = AddedToken("<assistant>", special=True, rstrip=True)
     tokenizer.backend_tokenizer.add_special_tokens([swallowing])
-    masker = ChatMasker(tokenizer)
+    masker = ChatMasker(tokenizer, on_missing_eos="ignore")
     (sample,) = masker.tokenize(masker.texts(chat("hi", " cat")))
     assert trained_runs(tokenizer, sample) == ["cat"]
 
@@ -431,7 +295,7 @@ def test_conversation_may_start_with_the_assistant() -> None:
 
 def test_sample_ends_with_its_last_target_and_never_starts_with_one() -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
-    masker = ChatMasker(tokenizer)
+    masker = ChatMasker(tokenizer, on_missing_eos="ignore")
     messages = [*chat("", "sat 🙂 mat"), {"role": "user", "content": "never answered"}]
     (sample,) = masker.tokenize(masker.texts(messages))
     assert tokenizer.decode(sample.input_ids.tolist()) == "sat 🙂 mat"

@@ -70,3 +70,27 @@ def _from_hub(name: str) -> Path:
         )
         # An outage passes; a hub that is switched off does not come back by trying again.
         raise (ValueError if constants.HF_HUB_OFFLINE else ConnectionError)(text) from error
+
+
+def stop_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """Tokens at which a server stops, as the model's folder says, in ascending order.
+
+    Those of generation_config.json; where it names none, those of config.json. What these files do
+    not name, or a file that is not there, is nobody's fault: a tokenizer has a token of its own.
+    """
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        parts = (found, found.get("text_config")) if isinstance(found, dict) else ()
+        named = [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
+        ids = {
+            each
+            for value in named
+            for each in (value if isinstance(value, list) else [value])
+            if isinstance(each, int) and not isinstance(each, bool)
+        }
+        if ids:
+            return tuple(sorted(ids))
+    return ()

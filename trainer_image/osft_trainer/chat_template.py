@@ -1,11 +1,14 @@
 """Rendering conversations with a tokenizer's own chat template, in the form that it expects.
 
 Lives here: finding out by trial how a template wants content, thoughts and the arguments of calls,
-giving them to it so, and its refusals in words. Called by `masking`. Must never: add text that the
-template did not write, or know any model family by name.
+giving them to it so, its refusals in words, and one conversation's renderings (`Dialogue`). Called
+by `masking`, `turn_ends`, `written` and `self_sampling`. Must never: add text that the template did
+not write, or know any model family by name.
 """
 
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +24,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 _MARKS = ("\u241f", "\u241e", "\u241d")
 """Characters that stand for other words: one more than a message has texts."""
 
-_ASKED: Message = {"role": "user", "content": "probe"}
+ASKED: Message = {"role": "user", "content": "probe"}
 _TOOL = {
     "type": "function",
     "function": {
@@ -49,6 +52,9 @@ class ChatTemplate:
                 "chat_template.jinja beside its tokenizer.json"
             )
         self._tokenizer = tokenizer
+        self.source = str(tokenizer.chat_template)
+        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._taken = {"messages", "self", *own}
         self._content_as_parts = self._wants_parts()
         self._arguments_as_text = self._wants_text()
         self.thoughts = self._thoughts()
@@ -63,22 +69,52 @@ class ChatTemplate:
         """The messages as this template reads them; for `render`, and once a conversation."""
         return [self._adapted(message) for message in messages]
 
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """See that a row's own arguments of the template take none of the trainer's places.
+
+        Raises:
+            ValueError: one does; names it.
+        """
+        for name in arguments:
+            if name in self._taken:
+                raise ValueError(
+                    f"'chat_template_kwargs' holds {name!r}, which is not the chat template's: "
+                    "remove it"
+                )
+
+    def names(self, word: str) -> bool:
+        """Whether the template's source has this word, so that it may use what is called so."""
+        return re.search(rf"\b{re.escape(word)}\b", self.source) is not None
+
+    def content(self, message: Message) -> str:
+        """The content of an adapted message."""
+        content = message["content"]
+        return str(content[0]["text"] if self._content_as_parts else content)
+
+    def with_content(self, message: Message, content: str) -> dict[str, Any]:
+        """An adapted message with another content."""
+        changed = [{"type": "text", "text": content}] if self._content_as_parts else content
+        return {**message, "content": changed}
+
     def with_other_words(self, message: Message) -> dict[str, Any]:
         """An adapted message with other words in the place of its own, thoughts, calls and all.
 
         They differ from its own in the first character.
         """
-        content = message["content"]
-        content = content[0]["text"] if self._content_as_parts else content
         thoughts = [key for key in THOUGHTS if key in message]
-        firsts = {text.strip()[:1] for text in (content, *(message[key] for key in thoughts))}
+        texts = (self.content(message), *(message[key] for key in thoughts))
+        firsts = {text.strip()[:1] for text in texts}
         words = next(mark for mark in _MARKS if mark not in firsts)
         kept = {key: value for key, value in message.items() if key != "tool_calls"}
-        changed = [{"type": "text", "text": words}] if self._content_as_parts else words
-        return {**kept, **dict.fromkeys(thoughts, words), "content": changed}
+        return self.with_content({**kept, **dict.fromkeys(thoughts, words)}, words)
 
     def render(
-        self, messages: Messages, tools: Tools, *, add_generation_prompt: bool = False
+        self,
+        messages: Messages,
+        tools: Tools,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
     ) -> str:
         """The text of adapted messages.
 
@@ -91,6 +127,7 @@ class ChatTemplate:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **(arguments or {}),
             )
         # Templates are programs: a missing key or a wrong type shows up as any of these.
         except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
@@ -132,7 +169,7 @@ class ChatTemplate:
             self._content_as_parts = as_parts
             content = [{"type": "text", "text": "probe"}] if as_parts else "probe"
             try:
-                if "probe" in self.render([{**_ASKED, "content": content}], None):
+                if "probe" in self.render([{**ASKED, "content": content}], None):
                     return as_parts
             except ValueError:  # perhaps it wants more than one message: each will speak for itself
                 refused = refused or not as_parts
@@ -161,21 +198,21 @@ class ChatTemplate:
 
     def _shows_tools(self) -> bool:
         """Whether it tells the model of its tools; some do it in a system turn only."""
-        return "probe_tool" in self._rendered([_ASKED], [_TOOL]) or "probe_tool" in self._rendered(
-            [{"role": "system", "content": "probe"}, _ASKED], [_TOOL]
+        return "probe_tool" in self.tried([ASKED], [_TOOL]) or "probe_tool" in self.tried(
+            [{"role": "system", "content": "probe"}, ASKED], [_TOOL]
         )
 
     def _generation_prompt(self) -> str:
         try:
-            asked = self.adapted([_ASKED])
+            asked = self.adapted([ASKED])
             prompt = self.render(asked, None, add_generation_prompt=True)
             return prompt[common_prefix_length(prompt, self.render(asked, None)) :]
         except ValueError:
             return ""
 
     def _conversation(self) -> str:
-        answered = [_ASKED, {"role": "assistant", "content": "yes"}]
-        return self._rendered([*answered, _ASKED], None) or self._rendered(answered * 2, None)
+        answered = [ASKED, {"role": "assistant", "content": "yes"}]
+        return self.tried([*answered, ASKED], None) or self.tried(answered * 2, None)
 
     def _tried(self, call: Mapping[str, Any] | None, **more: str) -> str:
         """A short conversation with an answer or a call; empty when the template refuses it."""
@@ -186,15 +223,70 @@ class ChatTemplate:
         if call:
             answer["tool_calls"] = [{"type": "function", "id": "probe0001", "function": call}]
         try:
-            return self.render([*self.adapted([_ASKED]), answer], None)
+            return self.render([*self.adapted([ASKED]), answer], None)
         except ValueError:
             return ""
 
-    def _rendered(self, messages: Messages, tools: Tools) -> str:
+    def tried(self, messages: Messages, tools: Tools = None) -> str:
+        """The text of messages as rows hold them; empty when the template refuses them."""
         try:
             return self.render(self.adapted(messages), tools)
         except ValueError:
             return ""
+
+
+class Dialogue:
+    """One conversation with the template's renderings of its beginnings, each made once."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Messages,
+        tools: Tools = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`messages` as a row holds them; `arguments`: its own for the template.
+
+        Raises:
+            ValueError: one of the arguments is not the template's.
+        """
+        template.check_arguments(arguments or {})
+        self.template = template
+        self.messages = template.adapted(messages)
+        self.tools = tools
+        self.arguments = dict(arguments or {})
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    def upto(self, count: int) -> str:
+        """The first `count` messages.
+
+        Raises:
+            ValueError: the template refuses them; with its words.
+        """
+        return self._beginning(count, add_generation_prompt=False)
+
+    def prompt(self, count: int) -> str:
+        """What a server gives the model after the first `count` messages; raises as `upto`."""
+        return self._beginning(count, add_generation_prompt=True)
+
+    def rendered(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """Adapted messages with this conversation's tools and arguments; raises as `upto`."""
+        return self.template.render(
+            messages, self.tools, self.arguments, add_generation_prompt=add_generation_prompt
+        )
+
+    def with_other_words(self, index: int) -> str:
+        """The text up to and with message `index`, which has other words; raises as `upto`."""
+        changed = self.template.with_other_words(self.messages[index])
+        return self.rendered([*self.messages[:index], changed])
+
+    def _beginning(self, count: int, *, add_generation_prompt: bool) -> str:
+        key = (count, add_generation_prompt)
+        if key not in self._texts:
+            self._texts[key] = self.rendered(
+                self.messages[:count], add_generation_prompt=add_generation_prompt
+            )
+        return self._texts[key]
 
 
 def _whole_characters(text: str) -> str:

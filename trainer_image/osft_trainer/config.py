@@ -107,6 +107,9 @@ class TrainingParameters(Parameters):
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be used. error: stop and name up to five, by file, line and
     reason. skip: go on; the first ones are named in the log and all are counted."""
+    on_missing_eos: Literal["error", "append", "ignore"] = "error"
+    """What to do where the chat template ends an assistant's turn with no token that can be
+    trained. append: the tokenizer's eos_token ends each turn. ignore: the model learns no end."""
     unmask_messages: bool = False
     """Loss on every turn but the system's, in every sample; "unmask": true does it for one."""
     use_processed_dataset: bool = False

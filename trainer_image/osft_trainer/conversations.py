@@ -1,12 +1,12 @@
 """What a row of chat data must hold: a row in, a checked conversation out, or the reason why not.
 
-Lives here: roles, messages, thoughts, tools. Called by `samples`. Must never: guess what a
-malformed row meant, read files, or know any chat template.
+Lives here: roles, messages, thoughts, weights, tools, arguments of the chat template. Called by
+`samples`. Must never: guess what a malformed row meant, read files, or know any chat template.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from osft_trainer.features import objects_of_lists
@@ -20,6 +20,12 @@ INSTRUCTING_ROLES = ("system", "developer")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message carries the assistant's thoughts."""
 
+ROW_KEYS = frozenset({"messages", "tools", "unmask", "chat_template_kwargs"})
+"""What is read of a row."""
+
+MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "weight", *THOUGHTS})
+"""What is read of a message; its other keys are for the chat template."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -29,14 +35,18 @@ class Conversation:
     tools: list[dict[str, Any]] | None
     unmask: bool
     """Whether every turn but the system's carries loss."""
+    without_loss: frozenset[int] = frozenset()
+    """Positions of messages with weight 0: they are read and not learned."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template (`chat_template_kwargs`), for this row."""
 
 
 def conversation(row: Any) -> Conversation:
     """Check a row.
 
-    `messages`, `tools` and `tool_calls` may be JSON in a string, as tables carry them; a blank one
-    of the last two is what a column of text holds for none. Keys of a message whose value is null
-    or empty are left out: templates ask whether a key is there.
+    `messages`, `tools`, `tool_calls` and `chat_template_kwargs` may be JSON in a string, as tables
+    carry them; a blank one of the last three is what a column of text holds for none. Keys of a
+    message whose value is null or empty are left out: templates ask whether a key is there.
 
     Raises:
         ValueError: it holds no conversation to learn from; says why.
@@ -61,7 +71,14 @@ def conversation(row: Any) -> Conversation:
         raise ValueError("has only system turns, so there is nothing to learn")
     if not unmask and "assistant" not in roles:
         raise ValueError("has no assistant turn, so there is nothing to learn")
-    return Conversation(checked, _tools(_optional(row.get("tools"), "tools")), unmask)
+    weights = [message.pop("weight", 1) for message in checked]
+    return Conversation(
+        checked,
+        _tools(_optional(row.get("tools"), "tools")),
+        unmask,
+        frozenset(place for place, weight in enumerate(weights) if weight == 0),
+        _template_arguments(_optional(row.get("chat_template_kwargs"), "chat_template_kwargs")),
+    )
 
 
 def _message(message: Any, name: str) -> dict[str, Any]:
@@ -73,7 +90,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if role not in ROLES:
         raise ValueError(f"{name} has the unknown role {role!r}: use one of {', '.join(ROLES)}")
     name = f"{name} ({role})"
-    content = message.get("content")
+    content = _joined(message.get("content"), name)
     calls = _calls(message.get("tool_calls"), role, name)
     if content is None and calls:
         content = ""  # both spellings of a bare call are in use; templates expect text to be there
@@ -90,8 +107,42 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     for key in thoughts:
         if not isinstance(checked[key], str):
             raise ValueError(f"{name}: {key!r} must be a string, is {kind_of(checked[key])}")
+    _check_weight(checked, name)
     _check_characters(checked, name)
     return checked
+
+
+def _joined(content: Any, name: str) -> Any:
+    """The content; a list of text parts as one string, a line each, as servers join them."""
+    if not isinstance(content, list) or not content:
+        return content
+    for number, part in enumerate(content, start=1):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            raise ValueError(
+                f"{name}: part {number} of 'content' is {repr(kind) if kind else kind_of(part)}: "
+                'only text is trained, so give parts as {"type": "text", "text": "..."}, thoughts '
+                "in 'reasoning_content', and leave images and sound out"
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+def _check_weight(message: Mapping[str, Any], name: str) -> None:
+    weight = message.get("weight", 1)
+    # true is 1 for Python, and neither is a share of the loss.
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"{name}: 'weight' must be 1 (learned as usual) or 0 (read and not learned), is "
+            f"{weight!r}"
+        )
+
+
+def _template_arguments(given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ValueError(f"'chat_template_kwargs' must be an object, is {kind_of(given)}")
+    return given
 
 
 def _calls(calls: Any, role: str, name: str) -> list[dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from osft_trainer.base_model import stop_token_ids
 from osft_trainer.config import TrainingParameters
 from osft_trainer.data_files import find_data_files
 from osft_trainer.durable import is_full, sync, told
@@ -29,9 +30,17 @@ from osft_trainer.prepared import DataCounts, PreparedData, PreparedWriter, open
 from osft_trainer.samples import Chat, Documents, Form, Placed, Processed
 from osft_trainer.sources import read_rows
 
-__all__ = ["DataCounts", "Overlong", "PreparedData", "form_of", "open_prepared", "prepare"]
+__all__ = [
+    "DataCounts",
+    "Overlong",
+    "PreparedData",
+    "chat_of",
+    "form_of",
+    "open_prepared",
+    "prepare",
+]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of the digest: raise it when the mask or the files change."""
 
 CHAT = Chat()
@@ -117,7 +126,14 @@ def form_of(training: TrainingParameters) -> Form:
     if training.is_pretraining:
         assert training.block_size is not None, "checked by TrainingParameters"
         return Documents(training.block_size, training.document_column_name)
-    return Processed() if training.use_processed_dataset else Chat(training.unmask_messages)
+    if training.use_processed_dataset:
+        return Processed()
+    return chat_of(training, training.unmask_messages)
+
+
+def chat_of(training: TrainingParameters, unmask: bool = False) -> Chat:
+    """Conversations as the model that is trained writes and ends them."""
+    return Chat(unmask, stop_token_ids(training.model_path), training.on_missing_eos)
 
 
 def _described(form: Form) -> list[Any]:

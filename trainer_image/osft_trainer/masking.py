@@ -1,36 +1,33 @@
 """Which tokens of a conversation carry loss: the assistant's words and the end of its turn.
 
-Lives here: finding the assistant's character ranges in the text that the chat template writes, and
-turning them into token masks. Called by `samples` once per data set; the training loop never comes
-here. Must never: tokenise a piece of a conversation on its own (tokens would differ from the ones
-seen at inference), or know any model family by name.
+Lives here: putting the turns of a conversation together into samples with the character ranges
+that carry loss, and turning these into token masks. Called by `samples` once per data set; the
+training loop never comes here. Must never: tokenise a piece of a conversation on its own (tokens
+would differ from the ones seen at inference), or know any model family by name.
 
-The rule. For assistant turn i let P be the rendered conversation before it with the generation
-prompt (what the model is given at inference) and F the rendered conversation up to and with it. The
-turn's sample has the text F, and loss from the end of the longest common prefix of P and F to the
-turn's end token. A sample whose text, as far as it carries loss, is how the next one's begins is
-made one with it: most templates give one sample a conversation, and those that write a turn
-differently once the conversation goes on (thoughts are removed, another end token) give several.
-Where other turns are trained, too (`unmask`), it is from their first word to the end of the turn:
-what stands before it is the template's, not theirs.
+The rule. An assistant's turn has the text that `turn_layout` gives it, and loss from its start to
+the token that ends it (`turn_ends`). A sample whose text, as far as it carries loss, is how the
+next one's begins is made one with it: most templates give one sample a conversation, and those that
+write a turn differently once the conversation goes on (thoughts are removed, another end token)
+give several. Where other turns are trained, too (`unmask`), it is from their first word to the end
+of the turn: what stands before it is the template's, not theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from osft_trainer.chat_template import (
-    ChatTemplate,
-    Message,
-    Messages,
-    Tools,
-    common_prefix_length,
-)
+from osft_trainer.chat_template import ChatTemplate, Dialogue, Messages, Tools
 from osft_trainer.conversations import INSTRUCTING_ROLES
+from osft_trainer.turn_ends import MissingTurnEnd, TurnEnds
+from osft_trainer.turn_layout import TurnLayout
+from osft_trainer.written import Written
+
+OnMissingEos = Literal["error", "append", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,10 @@ class MaskedText:
     text: str
     spans: tuple[tuple[int, int], ...]
     has_turn_end: bool
+    prompt_is_served: bool = True
+    """Whether what is before each span is what a server gives the model."""
+    stops: frozenset[str] = frozenset()
+    """The tokens that end the assistant's turns."""
 
     def continued_by(self, later: Self) -> Self | None:
         """Both as one, if `later` begins with this text as far as it carries loss; else None."""
@@ -47,7 +48,11 @@ class MaskedText:
         if not later.text.startswith(self.text[:end]):
             return None
         return type(self)(
-            later.text, self.spans + later.spans, self.has_turn_end and later.has_turn_end
+            later.text,
+            self.spans + later.spans,
+            self.has_turn_end and later.has_turn_end,
+            self.prompt_is_served and later.prompt_is_served,
+            self.stops | later.stops,
         )
 
 
@@ -86,37 +91,43 @@ class ChatMasker:
             template writes no message text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check the tokenizer once, so that no conversation has to."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Collection[int] = (),
+        on_missing_eos: OnMissingEos = "error",
+    ) -> None:
+        """Check the tokenizer once, so that no conversation has to.
+
+        Args:
+            tokenizer: the base model's.
+            stop_token_ids: what its folder says that a server stops at.
+            on_missing_eos: what to do where nothing that ends an assistant's turn can be trained.
+        """
         if not tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} is a slow one and reports no character "
                 "offsets, which the loss mask needs: save it with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
-        added = tokenizer.added_tokens_decoder
+        self.template = ChatTemplate(tokenizer)
+        self.ends = TurnEnds(tokenizer, self.template, stop_token_ids)
+        self._written = Written()
+        self._layout = TurnLayout(tokenizer, self.template, self.ends, self._written)
+        self._on_missing_eos = on_missing_eos
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special_ids = np.array(
-            sorted({i for i, t in added.items() if t.special} | set(tokenizer.all_special_ids)),
-            dtype=np.int64,
+            sorted(special | set(tokenizer.all_special_ids)), dtype=np.int64
         )
-        special = {t.content for t in added.values() if t.special}
-        self._special_texts = tuple(special | set(tokenizer.all_special_tokens))
-        self._end_texts = tuple({t.content for t in added.values()} | set(self._special_texts))
-        self._text_closer = self._closer_of_texts()
-
-    @property
-    def writes_thoughts(self) -> bool:
-        """Whether the template has a place for the assistant's thoughts."""
-        return self._template.thoughts is not None
-
-    @property
-    def writes_tools(self) -> bool:
-        """Whether the template tells the model of its tools."""
-        return self._template.writes_tools
 
     def texts(
-        self, messages: Messages, tools: Tools = None, *, unmask: bool = False
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        *,
+        unmask: bool = False,
+        without_loss: Collection[int] = (),
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> list[MaskedText]:
         """Render one conversation into one or more texts with their loss ranges.
 
@@ -124,32 +135,70 @@ class ChatMasker:
             messages: the turns.
             tools: what the assistant may call.
             unmask: loss on every turn but the system's: from its words to the end of the turn.
+            without_loss: positions of turns that carry none all the same.
+            template_arguments: the conversation's own, for the chat template.
 
         Raises:
-            ValueError: the chat template refuses the conversation; with the template's words.
+            ValueError: the chat template refuses the conversation, with the template's words; or
+                leaves words of it out.
+            MissingTurnEnd: nothing that ends an assistant's turn can be trained.
         """
-        messages = self._template.adapted(messages)
-        samples: list[MaskedText] = []
-        for index, message in enumerate(messages):
-            role = message["role"]
-            if role == "assistant" or (unmask and role not in INSTRUCTING_ROLES):
-                turn = self._turn(messages, index, tools)
-                if samples and (longer := samples[-1].continued_by(turn)) is not None:
-                    samples[-1] = longer
-                else:
-                    samples.append(turn)
-        return samples or [MaskedText(self._template.render(messages, tools), (), True)]
+        return self.texts_of(
+            Dialogue(self.template, messages, tools, template_arguments), unmask, without_loss
+        )
 
-    def _turn(self, messages: Messages, index: int, tools: Tools) -> MaskedText:
-        """The conversation up to turn `index`, with loss on that turn only."""
-        text = self._template.render(messages[: index + 1], tools)
-        assistant = messages[index]["role"] == "assistant"
-        find = self._turn_start if assistant else self._own_words_start
-        start = find(messages, index, tools, text)
-        end = self._turn_end(text, start)
-        _check_calls(messages[index], index, text[start:end])
-        ended = not assistant or text[:end].endswith(self._end_texts)
-        return MaskedText(text, ((start, end),) if end > start else (), ended)
+    def texts_of(
+        self, dialogue: Dialogue, unmask: bool = False, without_loss: Collection[int] = ()
+    ) -> list[MaskedText]:
+        """As `texts`."""
+        samples: list[MaskedText] = []
+        last: list[tuple[int, int]] = []
+        for index, message in enumerate(dialogue.messages):
+            role = message["role"]
+            learned = role == "assistant" or (unmask and role not in INSTRUCTING_ROLES)
+            if not learned or index in without_loss:
+                continue
+            turn, start = self._turn(dialogue, index)
+            if samples and (longer := samples[-1].continued_by(turn)) is not None:
+                samples[-1], last[-1] = longer, (index, start)
+            else:
+                samples.append(turn)
+                last.append((index, start))
+        for (index, start), sample in zip(last, samples, strict=True):
+            self._written.check_before(dialogue, index, sample.text[:start])
+        return samples or [MaskedText(dialogue.upto(len(dialogue.messages)), (), True)]
+
+    def unused_keys(self, dialogue: Dialogue) -> Iterator[tuple[str, str]]:
+        """Role and name of each key of a message that the template does not read, each once."""
+        return self._written.unused_keys(dialogue)
+
+    def _turn(self, dialogue: Dialogue, index: int) -> tuple[MaskedText, int]:
+        """The conversation up to turn `index`, with loss on that turn only, and where it starts."""
+        message = dialogue.messages[index]
+        if message["role"] != "assistant":
+            turn = self._layout.any_turn(dialogue, index)
+            text, end, token = turn.text, self.ends.last(turn.text, turn.start), ""
+        else:
+            turn = self._layout.answer(dialogue, index)
+            calls = "tool_calls" in message
+            text, end, token = self.ends.finished(turn.text, turn.start, calls=calls)
+            if not token and self._on_missing_eos == "append":
+                text = text[:end] + self._eos()
+                end, token = len(text), self._eos()
+            if not token and self._on_missing_eos == "error":
+                raise MissingTurnEnd(_no_end(calls))
+        spans = ((turn.start, end),) if end > turn.start else ()
+        ended = bool(token) or message["role"] != "assistant"
+        stops = frozenset({token} - {""})
+        return MaskedText(text, spans, ended, turn.prompt_is_served, stops), turn.start
+
+    def _eos(self) -> str:
+        if not self._tokenizer.eos_token:
+            raise MissingTurnEnd(
+                "on_missing_eos append: the tokenizer has no eos_token: set one in its "
+                "tokenizer_config.json"
+            )
+        return str(self._tokenizer.eos_token)
 
     def tokenize(self, texts: Sequence[MaskedText]) -> list[MaskedTokens]:
         """Tokenise whole texts, each once, and carry the character ranges over to the tokens."""
@@ -188,89 +237,12 @@ class ChatMasker:
             mask |= (begin < last) & overlaps & ~(is_special & (begin < first))
         return MaskedTokens.trimmed(input_ids, mask)
 
-    def _turn_start(
-        self,
-        messages: Messages,
-        index: int,
-        tools: Tools,
-        text: str,
-    ) -> int:
-        """Character of `text` (= F) where turn `index` starts."""
-        try:
-            prompt = self._template.render(messages[:index], tools, add_generation_prompt=True)
-        except ValueError:
-            if index:
-                raise
-            # Many templates cannot render an empty conversation, so there is no P to compare.
-            return self._own_words_start(messages, index, tools, text)
-        if text.startswith(prompt):
-            return len(prompt)
-        common = common_prefix_length(prompt, text)
-        history = self._template.render(messages[:index], tools)
-        if not prompt.startswith(history) or common < len(history):
-            # The two differ before the turn has begun: a system prompt that moves to the last user
-            # turn, say, or thoughts before a call that go when the answer comes.
-            own = self._own_words_start(messages, index, tools, text)
-            return self._behind_prompt(text, own)
-        return self._back_to_token_start(prompt, common)
 
-    def _behind_prompt(self, text: str, own: int) -> int:
-        """Where a turn starts whose words start at `own`: behind the nearest generation prompt.
-
-        What the template writes in between (a channel's name, say) is the model's to write.
-        """
-        generation = self._template.generation_prompt
-        at = text.rfind(generation, 0, own) if generation else -1
-        return own if at < 0 else at + len(generation)
-
-    def _back_to_token_start(self, prompt: str, position: int) -> int:
-        """Move `position` out of the token it cuts: `<think>` must not hide `<table>`'s `<t`."""
-        encoded = self._tokenizer(
-            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        for begin, end in encoded["offset_mapping"]:
-            if begin < position < end:
-                return int(begin)
-        return position
-
-    def _own_words_start(
-        self,
-        messages: Messages,
-        index: int,
-        tools: Tools,
-        text: str,
-    ) -> int:
-        """Where the turn's words start: where `text` changes when other words are put in."""
-        changed = [*messages[:index], self._template.with_other_words(messages[index])]
-        return common_prefix_length(text, self._template.render(changed, tools))
-
-    def _turn_end(self, text: str, start: int) -> int:
-        """Character behind the turn's end token; white space behind it is not trained.
-
-        Where the template closes the text (not the turn) with one more control token, what ends
-        the turn is the one before.
-        """
-        end = len(text.rstrip())
-        if self._text_closer and text.endswith(self._text_closer, 0, end):
-            inner = len(text[: end - len(self._text_closer)].rstrip())
-            if inner > start and text[:inner].endswith(self._special_texts):
-                return inner
-        return end
-
-    def _closer_of_texts(self) -> str:
-        """The control token at the end of every text that ends no turn within; often none."""
-        text = self._template.conversation.rstrip()
-        last = max((t for t in self._special_texts if text.endswith(t)), default="", key=len)
-        is_only_one = text.count(last, text.find("probe")) == 1 if last else False
-        return last if is_only_one else ""
-
-
-def _check_calls(message: Message, index: int, turn: str) -> None:
-    """See that the template has written the calls: a turn without them would teach silence."""
-    for call in message.get("tool_calls", ()):
-        name = call.get("function", call)["name"]
-        if name not in turn:
-            raise ValueError(
-                f"message {index + 1} calls {name!r}, which the chat template does not write: "
-                "use a template with tool calls, and one call a turn if it knows no more"
-            )
+def _no_end(calls: bool) -> str:
+    turn = "turn with calls" if calls else "turn"
+    return (
+        f"model_path: the chat template ends an assistant's {turn} with no token that stops the "
+        "model, so it would not learn where to stop: mend the template, name the token that it "
+        "writes in eos_token_id of generation_config.json, or set on_missing_eos to append (the "
+        "tokenizer's eos_token ends each turn) or ignore"
+    )

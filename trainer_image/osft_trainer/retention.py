@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osft_trainer.activations import Row, on_device
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.config import TrainingParameters
-from osft_trainer.data import CHAT, form_of, open_prepared, prepare
+from osft_trainer.data import chat_of, form_of, open_prepared, prepare
 from osft_trainer.durable import write_file
 from osft_trainer.model import load_tokenizer
 from osft_trainer.model_digest import tokenizer_digest
@@ -103,7 +103,7 @@ def prepare_retention(
                 on_overlong="truncate",
                 cache_root=folder.cache,
                 on_bad_sample=training.on_bad_sample if path else "error",
-                form=form_of(training) if path or training.is_pretraining else CHAT,
+                form=form_of(training) if path or training.is_pretraining else chat_of(training),
             )
         except ValueError as error:
             told = str(error).removeprefix("retention_data_path: ")

@@ -14,18 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from osft_trainer.conversations import (
-    THOUGHTS,
-    Conversation,
-    as_object,
-    conversation,
-    keys_of,
-    kind_of,
-)
+from osft_trainer.chat_template import Dialogue
+from osft_trainer.conversations import ROW_KEYS, as_object, conversation, keys_of, kind_of
 from osft_trainer.faults import Faults
-from osft_trainer.masking import ChatMasker, MaskedText, MaskedTokens
+from osft_trainer.masking import ChatMasker, MaskedText, MaskedTokens, OnMissingEos
 from osft_trainer.prepared import NO_LOSS
 from osft_trainer.sources import Row
+from osft_trainer.turn_ends import MissingTurnEnd
 
 TEXTS_AT_ONCE = 64
 """Tokenised together: enough for the tokenizer's threads."""
@@ -66,12 +61,16 @@ class Chat:
 
     unmask: bool = False
     """Loss on every turn but the system's, in all of them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens at which a server stops, as the model's folder names them."""
+    on_missing_eos: OnMissingEos = "error"
+    """What to do where nothing that ends an assistant's turn can be trained."""
 
     def samples(
         self, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, faults: Faults
     ) -> Iterator[Placed]:
         """See `Form`."""
-        masker = ChatMasker(tokenizer)
+        masker = ChatMasker(tokenizer, self.stop_token_ids, self.on_missing_eos)
         texts = self._texts(rows, masker, faults)
         for group in _groups(texts, lambda placed: len(placed[1].text)):
             tokens = masker.tokenize([text for _, text in group])
@@ -82,39 +81,68 @@ class Chat:
         self, rows: Iterable[Row], masker: ChatMasker, faults: Faults
     ) -> Iterator[tuple[str, MaskedText]]:
         """Every text with the place it came from; refusals of the template are faults."""
-        told: set[str] = set()
+        notes = _Notes(masker)
         for row in rows:
             try:
                 found = conversation(row.value)
-                texts = masker.texts(
-                    found.messages, found.tools, unmask=self.unmask or found.unmask
+                dialogue = Dialogue(
+                    masker.template, found.messages, found.tools, found.template_arguments
                 )
+                unmask = self.unmask or found.unmask
+                texts = masker.texts_of(dialogue, unmask, found.without_loss)
+            except MissingTurnEnd as error:
+                # Of the template, so each such row has it: one error, whatever becomes of bad rows.
+                raise ValueError(f"{error} (seen in {row.place})") from error
             except ValueError as error:
                 faults.bad(row.place, str(error))
                 continue
-            _warn(told, found, texts, masker)
+            notes.take(row.value, dialogue, texts)
             for text in texts:
                 yield row.place, text
 
 
-def _warn(told: set[str], found: Conversation, texts: list[MaskedText], masker: ChatMasker) -> None:
-    """Say once what the template does not write."""
-    words = []
-    if not all(text.has_turn_end for text in texts):
-        words.append(
-            "the chat template writes no token at the end of an assistant turn: the model "
-            "will not learn from this data where to stop"
-        )
-    if not masker.writes_thoughts and any(key in m for m in found.messages for key in THOUGHTS):
-        words.append(
-            "the chat template does not write the assistant's thoughts (reasoning_content): they "
-            "are not trained"
-        )
-    if found.tools and not masker.writes_tools:
-        words.append("the chat template does not write the tools: the model is not told of them")
-    for line in words:
-        if line not in told:
-            told.add(line)
+class _Notes:
+    """What nothing uses, or the template does not write: a warning each, once."""
+
+    def __init__(self, masker: ChatMasker) -> None:
+        self._masker = masker
+        self._given: set[str] = set()
+
+    def take(self, row: dict[str, Any], dialogue: Dialogue, texts: list[MaskedText]) -> None:
+        """Look at one row."""
+        template = self._masker.template
+        for key in row.keys() - ROW_KEYS:
+            self._warn(f"nothing uses {key!r} of a row")
+        for key in dialogue.arguments:
+            if not template.names(key):
+                self._warn(f"the chat template does not use {key!r} of chat_template_kwargs")
+        for role, key in self._masker.unused_keys(dialogue):
+            self._warn(f"the chat template does not use {key!r} of a message of the role {role}")
+        if dialogue.tools and not template.writes_tools:
+            self._warn("the chat template does not write the tools: the model is not told of them")
+        if not all(text.has_turn_end for text in texts):
+            self._warn(
+                "the chat template writes no token at the end of an assistant turn: the model "
+                "will not learn from this data where to stop"
+            )
+        if not all(text.prompt_is_served for text in texts):
+            prompt = template.generation_prompt
+            self._warn(
+                f"the chat template begins an assistant's turn with {prompt!r} for a server, and "
+                "writes some of these turns without its end: they are learned from where the two "
+                "differ. Give them thoughts (reasoning_content), or chat_template_kwargs that "
+                "switch thoughts off"
+            )
+        for stop in frozenset[str]().union(*(text.stops for text in texts)):
+            if stop not in self._masker.ends.stops:
+                self._warn(
+                    f"the chat template ends an assistant's turn with {stop!r}, at which a server "
+                    "does not stop: name it in eos_token_id of generation_config.json"
+                )
+
+    def _warn(self, line: str) -> None:
+        if line not in self._given:
+            self._given.add(line)
             logger.warning("%s", line)
 
 

@@ -24,6 +24,8 @@ from osft_operator.local import LocalJob
 from osft_operator.resolved import RenderSettings, resolve
 from osft_operator.spec import OSFTJob, problems
 from osft_operator.terminal import Screen, print_status
+from osft_trainer.config import TrainingParameters
+from osft_trainer.parameters import at_home
 
 Object = dict[str, Any]
 
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_volumes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--volumes",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         default=DEFAULT_FOLDER,
         help="folder that stands for the cluster's storage: one folder in it per claim, and "
         "secrets/NAME and configmaps/NAME with a file per key (default: %(default)s)",
@@ -163,6 +165,15 @@ def _one(file: str) -> Object | None:
     return bodies[0] if _report(file, bodies[0]) else None
 
 
+def _for_this_machine(file: str) -> Object | None:
+    """The same, with `~` in its paths taken for the caller's home: a pod has another."""
+    body = _one(file)
+    if body is None:
+        return None
+    training = at_home(body["spec"]["training"], TrainingParameters)
+    return {**body, "spec": {**body["spec"], "training": training}}
+
+
 def _report(file: str, body: Object) -> bool:
     found = problems(body)
     if not found:
@@ -200,7 +211,7 @@ def _render(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    body = _one(arguments.file)
+    body = _for_this_machine(arguments.file)
     if body is None:
         return BAD_INPUT
     options = [f"--{name}" for name in ("energy", "json") if getattr(arguments, name)]
@@ -210,7 +221,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    body = _one(arguments.file)
+    body = _for_this_machine(arguments.file)
     if body is None:
         return BAD_INPUT
     volumes = arguments.volumes.resolve()

@@ -95,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=MEGABYTES, help="size of the state")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--folder", type=Path, help="on the disk; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=machine.path, help="on the disk; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     machine.use_all_cores()
     state = state_of(arguments.megabytes)

@@ -1,6 +1,7 @@
 """On which machine a benchmark runs, how fast that multiplies, and what memory its process takes.
 
-Called by benchmarks. Must never: know what they measure.
+Lives here, too, how a benchmark reads a path. Called by benchmarks. Must never: know what they
+measure.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def circumstances(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "date": today(),
     }
+
+
+def path(text: str) -> Path:
+    """A path as a user gives it to a benchmark: `~` is the home, also behind `--output=`."""
+    return Path(text).expanduser()
 
 
 def processor() -> str:

@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=sorted(load_operators.OPERATORS), help="one operator alone"
     )
-    parser.add_argument("--output", type=Path, help="file for the result")
+    parser.add_argument(
+        "--output", type=lambda text: Path(text).expanduser(), help="file for the result"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
     names = [arguments.only] if arguments.only else list(load_operators.OPERATORS)

@@ -14,7 +14,6 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,7 +101,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batches", type=int, default=50, help="batches per mix")
-    parser.add_argument("--output", type=Path, help="file for the result")
+    parser.add_argument("--output", type=machine.path, help="file for the result")
     told = parser.parse_args()
     torch.set_num_threads(1)  # times are a core's own, whatever else runs
     print("ranks  batch  capacity  longest   ours    LPT  least  ms a batch")

@@ -115,7 +115,7 @@ def _write_data(path: Path) -> None:
 def main() -> None:
     """Every setting in a process of its own, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, help="file for the result")
+    parser.add_argument("--output", type=machine.path, help="file for the result")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.one is not None:

@@ -139,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("megabytes", type=int, nargs="?", default=300)
     parser.add_argument("--kind", choices=KINDS, default="jsonl")
-    parser.add_argument("--output", type=Path, help="file for the result")
-    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=machine.path, help="file for the result")
+    parser.add_argument("--prepare", type=machine.path, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.prepare is not None:
         json.dump(prepare_here(told.prepare, told.prepare.parent / "cache"), sys.stdout)

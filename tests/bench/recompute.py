@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each setting")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=machine.path, help=argparse.SUPPRESS)
     return parser
 
 

@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of the screen")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="needed with other methods, rates")
+    parser.add_argument("--out", type=machine.path, help="needed with other methods, rates")
     parser.add_argument(
-        "--base", type=Path, help="keep the base models here, or take them from here"
+        "--base", type=machine.path, help="keep the base models here, or take them from here"
     )
     return parser
 

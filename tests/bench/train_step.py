@@ -87,9 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--turn-minutes", type=float, help="longest turn of a method; CUDA")
     parser.add_argument("--random-bases", action="store_true", help="split nothing; steps alone")
     parser.add_argument("--add", action="store_true", help="to the methods that the result has")
-    parser.add_argument("--base", type=Path, help="folder of the model, made where there is none")
+    parser.add_argument(
+        "--base", type=machine.path, help="folder of the model, made where there is none"
+    )
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=machine.path, help=argparse.SUPPRESS)
     parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 

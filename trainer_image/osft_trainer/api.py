@@ -34,7 +34,7 @@ from osft_trainer.config import (
 )
 from osft_trainer.last_words import REPORTS_ENV, LastWords, Result
 from osft_trainer.outcome import Diverged, OutOfMemory, Preempted
-from osft_trainer.parameters import unknown_name
+from osft_trainer.parameters import at_home, unknown_name
 from osft_trainer.report import ExitCode, Retention
 from osft_trainer.topology import resolve
 
@@ -143,7 +143,7 @@ def _arguments(parameters: dict[str, Any]) -> TrainerArguments:
     for key, model in zip(("training", "run", "launch"), _MODELS, strict=True):
         values = {name: parameters[name] for name in model.model_fields if name in parameters}
         try:
-            parts[key] = model.model_validate(values)
+            parts[key] = model.model_validate(at_home(values, model))
         except ValidationError as error:
             problems += explain(error)
     if problems:

@@ -17,41 +17,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from osft_trainer.model_folder import check_folder
+
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 """Configuration, weights, tokenizer, chat template, code. No other weights' formats."""
 
 
-def local_folder(model_path: str) -> Path:
+def local_folder(model_path: str | Path) -> Path:
     """The folder with config.json and *.safetensors; fetched from the hub if it is a name there.
 
     Raises:
-        ValueError: neither a folder with these files, nor a name that the hub gives us; or a
-            configuration that cannot be read, or says that the weights are quantized.
+        ValueError: neither a folder nor a name that the hub gives us; or there is no whole causal
+            language model in it, see `model_folder.check_folder`.
         ConnectionError: the hub does not answer now; trying again may help.
     """
-    folder = Path(model_path)
+    folder = Path(model_path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(model_path)
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise ValueError(
-                f"model_path: {folder} holds no {pattern}; give the folder of a model in Hugging "
-                "Face format with safetensors weights"
-            )
-    _check_configuration(folder / "config.json")
+        folder = _from_hub(str(model_path))
+    check_folder(folder)
     return folder
-
-
-def _check_configuration(path: Path) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model_path: {path} is no JSON ({error}); fetch it again") from error
-    if isinstance(found, dict) and found.get("quantization_config"):
-        raise ValueError(
-            f"model_path: {path} says that the weights are quantized (quantization_config); their "
-            "exact values are needed, so give the model in bfloat16, float16 or float32"
-        )
 
 
 def _from_hub(name: str) -> Path:

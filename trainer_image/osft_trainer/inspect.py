@@ -59,7 +59,7 @@ def _add_spectrum(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of the model, or its hub name")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=_path,
         help="what the model shall go on to know: chat data (JSONL) or plain text (.txt)",
     )
     parser.add_argument(
@@ -86,7 +86,7 @@ def _add_spectrum(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )
-    parser.add_argument("--plot", type=Path, help="picture to write, .png or .svg")
+    parser.add_argument("--plot", type=_path, help="picture to write, .png or .svg")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -95,8 +95,8 @@ _EXPORT = """Write a state of a run (<run>/checkpoints/step-N) as a plain Huggin
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_export)
-    parser.add_argument("checkpoint", type=Path, help="<run>/checkpoints/step-N")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("checkpoint", type=_path, help="<run>/checkpoints/step-N")
+    parser.add_argument("out", type=_path, help="folder to write")
     parser.add_argument(
         "--model", help="where the base model lies now, if not where the run had it"
     )
@@ -184,6 +184,11 @@ def _ratios(text: str) -> list[float]:
             f"{text!r} must be ratios between 0 and 1, both excluded, for example 0.1,0.25"
         )
     return found
+
+
+def _path(text: str) -> Path:
+    """`~` is the home also where a shell leaves it as it is, as behind `--data=`."""
+    return Path(text).expanduser()
 
 
 def _positive(text: str) -> float:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from osft_trainer.decomposition import part_shapes
 from osft_trainer.layout import layout_of
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.model import OSFTModel, convert
+from osft_trainer.model_folder import faults_of, read_configuration
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, decoder_blocks
 
@@ -83,10 +84,8 @@ def empty_model(
     folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model of a folder's configuration on the meta device: shapes without numbers."""
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    with torch.device("meta"):
+    config = read_configuration(folder, trust_remote_code)
+    with faults_of(folder, "the configuration"), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )

@@ -25,6 +25,7 @@ from osft_trainer import projection
 from osft_trainer.experts import MasterParameter, replace_parameter
 from osft_trainer.forward import packed_loss
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
+from osft_trainer.model_folder import check_template, faults_of, read_configuration
 from osft_trainer.subspace import Split, split_weight
 from osft_trainer.targets import Plan, Target
 from osft_trainer.unused_weights import not_loaded
@@ -140,17 +141,18 @@ def load_model(
         not_loaded(model, folder)
         return cast(PreTrainedModel, model)
 
-    try:
-        model = read(attn_implementation)
-    except ValueError as error:
-        # Gemma 2 (capped attention scores) and some others have no sdpa; eager is always there.
-        if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
-            raise
-        model = read("eager")
-    except SafetensorError as error:
-        raise ValueError(
-            f"model_path: a safetensors file in {folder} is damaged ({error}); fetch it again"
-        ) from error
+    with faults_of(folder, "the model"):
+        try:
+            model = read(attn_implementation)
+        except ValueError as error:
+            # Gemma 2 (capped attention scores) and others have no sdpa; eager is always there.
+            if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            model = read("eager")
+        except SafetensorError as error:
+            raise ValueError(
+                f"model_path: a safetensors file in {folder} is damaged ({error}); fetch it again"
+            ) from error
     model.train()
     return model
 
@@ -158,6 +160,11 @@ def load_model(
 def _check_weights(folder: Path, info: dict[str, Any]) -> None:
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
     names = sorted({*info["missing_keys"], *mismatched})
+    if names and not mismatched and all("lm_head" in name for name in names):
+        raise ValueError(
+            f"model_path: the weights in {folder} have no head ({', '.join(names)}), so that they "
+            "write no text: give the causal language model, not the bare one or one that judges"
+        )
     if names:
         raise ValueError(
             f"model_path: {len(names)} weights in {folder} are missing or of another shape than "
@@ -168,13 +175,21 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 def load_tokenizer(
     model_path: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a local model folder."""
-    return cast(
-        PreTrainedTokenizerBase,
-        AutoTokenizer.from_pretrained(
-            Path(model_path), local_files_only=True, trust_remote_code=trust_remote_code
-        ),
-    )
+    """Read the tokenizer of a local model folder.
+
+    Raises:
+        ValueError: there is none, or it or its chat template is damaged.
+    """
+    folder = Path(model_path)
+    if (folder / "config.json").is_file():
+        # A tokenizer is read by it, and must not be blamed for it.
+        read_configuration(folder, trust_remote_code)
+    with faults_of(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    check_template(tokenizer, folder)
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def decompose_weight(plan: Plan) -> Decompose:

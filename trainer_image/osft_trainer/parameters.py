@@ -7,9 +7,12 @@ never import torch, transformers, kopf or kubernetes.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+import functools
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 WHITE_SPACE = r"\t\n\v\f\r \x85\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -22,8 +25,15 @@ TEXT_PATTERN = rf"^[^{WHITE_SPACE}]([\s\S]*[^{WHITE_SPACE}])?$"
 """Not blank, and nothing at its ends to strip."""
 Text = Annotated[str, Field(min_length=1, pattern=TEXT_PATTERN)]
 """A text that says something."""
-Path = Annotated[Text, Field(max_length=1024)]
-"""A path as the trainer's process sees it."""
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+_PATH_IN_PYTHON = BeforeValidator(_as_text)
+Path = Annotated[Text, Field(max_length=1024), _PATH_IN_PYTHON]
+"""A path as the trainer's process sees it; in Python pathlib's, too."""
 
 
 class Parameters(BaseModel):
@@ -60,3 +70,28 @@ def unknown_name(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
     cure = f"did you mean {nearest[0]!r}?" if nearest else "see `osft-train --help`"
     return f"unknown parameter {name!r}; {cure}"
+
+
+def at_home(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Values of a model's fields, by either of their names, with `~` in paths taken for the home.
+
+    For whoever reads what a user of this machine has written; a pod's paths are the pod's business.
+    """
+    names = path_fields(model)
+    found = dict(values)
+    for name in names & found.keys():
+        value = _as_text(found[name])
+        found[name] = os.path.expanduser(value) if isinstance(value, str) else value
+    return found
+
+
+@functools.cache
+def path_fields(model: type[BaseModel]) -> frozenset[str]:
+    """The fields that are paths, in snake_case and in camelCase."""
+    hints = get_type_hints(model, include_extras=True)
+    names = [name for name in model.model_fields if _holds_path(hints[name])]
+    return frozenset({*names, *map(to_camel, names)})
+
+
+def _holds_path(hint: Any) -> bool:
+    return hint is _PATH_IN_PYTHON or any(map(_holds_path, get_args(hint)))

@@ -64,6 +64,7 @@ def not_loaded(hf: PreTrainedModel, folder: Path) -> tuple[NotLoaded, ...]:
     weights = BaseWeights(folder)
     layout = layout_of(hf, weights)
     _check_types(hf, weights, layout, folder)
+    _check_all_there(hf, weights, layout, folder)
     found: dict[str, list[int]] = {}
     misplaced: list[str] = []
     for key, name in layout.unused.items():
@@ -160,6 +161,25 @@ def _check_types(hf: PreTrainedModel, weights: BaseWeights, layout: Layout, fold
                         f"model_path: {key} in {folder} is of type {entry.dtype}, whose numbers "
                         f"are not the weights themselves: {_UNQUANTIZED}"
                     )
+
+
+def _check_all_there(
+    hf: PreTrainedModel, weights: BaseWeights, layout: Layout, folder: Path
+) -> None:
+    """On paper, where nothing is loaded; what the model's code does without is left out."""
+    optional = [re.compile(pattern) for pattern in hf._keys_to_ignore_on_load_missing or ()]
+    lacking = []
+    for part in parts_of(hf):
+        groups = [layout.of[name] for name in part.names if name in layout.of]
+        known = any(pattern.search(name) for pattern in optional for name in part.names)
+        shapes = (weights.entries[g.files[0]].shape for g in groups if g.converter is None)
+        if (not groups and not known) or any(shape != tuple(part.shape) for shape in shapes):
+            lacking.append(part.names[0])
+    if lacking:
+        raise ValueError(
+            f"model_path: {len(lacking)} weights in {folder} are missing or of another shape than "
+            f"config.json says ({', '.join(sorted(lacking)[:3])}, ...); fetch the model again"
+        )
 
 
 _UNQUANTIZED = "give the model in bfloat16, float16 or float32, such as its dequantized edition"

@@ -13,11 +13,10 @@ from cluster.control_plane import ControlPlane
 from osft_operator.actions import Decision, Event
 from osft_operator.budget import Budget
 from osft_operator.cluster import Cluster, Conflict, Refused
-from osft_operator.events import Recorder, newest_about
+from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Kind
 from osft_operator.merge_patch import merge_patch
 from osft_operator.names import JOB_LABEL
-from osft_operator.observed import Said
 from osft_operator.queue import Key
 from osft_operator.reconcile import says_little
 from osft_trainer.report import Progress
@@ -301,24 +300,6 @@ def test_an_event_that_comes_again_is_counted(tell: Callable[[Story], None]) -> 
             await recorder.record(job, event)
         await recorder.record(job, Event("Warning", "Again2", "x" * 5000))
         assert await scene.said() == {"Again": 4, "Again2": 1}
-
-    tell(story)
-
-
-@pytest.mark.cluster
-def test_the_newest_event_about_something(tell: Callable[[Story], None]) -> None:
-    async def story(scene: Scene) -> None:
-        job = await scene.job()
-        uid = job["metadata"]["uid"]
-        assert await newest_about(scene.cluster, scene.namespace, uid) is None
-        recorder = Recorder(scene.cluster, "a")
-        await recorder.record(job, Event("Warning", "FailedMount", "no such volume"))
-        said = await newest_about(scene.cluster, scene.namespace, uid)
-        assert said == Said("FailedMount", "no such volume", is_warning=True)
-        await asyncio.sleep(1)  # events have whole seconds
-        await recorder.record(job, Event("Normal", "Pulling", "the image"))
-        said = await newest_about(scene.cluster, scene.namespace, uid)
-        assert said == Said("Pulling", "the image", is_warning=False)
 
     tell(story)
 

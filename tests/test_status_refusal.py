@@ -265,16 +265,6 @@ def test_a_refusal_takes_the_place_of_what_was_thought_of_the_spec() -> None:
         world.body["status"] = told.status
 
 
-def test_pods_that_are_not_made_are_explained() -> None:
-    world = World()
-    world.settle()
-    world.newest_event = "exceeded quota"
-    world.wait(61)
-    world.settle()
-    assert world.status["reason"] == "PodsNotCreated"
-    assert world.condition("Running")["message"] == "exceeded quota"
-
-
 def test_a_pod_that_cannot_start_is_explained() -> None:
     world = running()
     status = world.pods[0]["status"]

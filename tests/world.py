@@ -40,7 +40,7 @@ class World:
         self.kind_present = True
         self.progress: Progress | None = None
         self.since: datetime.datetime | None = None
-        self.newest_event = ""
+        self.refusal: Said | None = None
         self.news: dict[str, Said] = {}
         self.workload: Object | None = None
         self.listening = float("inf")
@@ -64,7 +64,7 @@ class World:
             progress=self.progress,
             progress_since=self.since if self.progress else None,
             pytorch_job_kind_present=self.kind_present,
-            newest_event=self.newest_event,
+            refusal=self.refusal,
             news=self.news,
             workload=self.workload,
             listening_seconds=self.listening,

@@ -22,7 +22,7 @@ from osft_operator.cluster import AlreadyExists, Cluster, ClusterError, NotFound
 from osft_operator.isolation import set_aside
 from osft_operator.kinds import EVENTS, Object
 from osft_operator.leader import LeaseLost
-from osft_operator.observed import Said, text_of
+from osft_operator.observed import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,25 +177,3 @@ class Backlog(Recorder):
             # Another operator leads now: what is left to say is its own to say.
             self._waiting.clear()
             raise
-
-
-async def newest_about(cluster: Cluster, namespace: str, uid: str) -> Said | None:
-    """The newest event about an object; None when there is none or nobody answers."""
-    try:
-        found = await cluster.list_all(EVENTS, namespace, fields=f"involvedObject.uid={uid}")
-    except ClusterError as error:
-        logger.warning("The events about %s could not be read: %s", uid, error)
-        return None
-    if not found.items:
-        return None
-    newest = max(found.items, key=_time)
-    is_warning = newest.get("type") == "Warning"
-    return Said(newest.get("reason") or "", newest.get("message") or "", is_warning)
-
-
-def _time(event: Object) -> str:
-    return str(
-        event.get("lastTimestamp")
-        or event.get("eventTime")
-        or event["metadata"]["creationTimestamp"]
-    )

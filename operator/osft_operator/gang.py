@@ -6,11 +6,12 @@ never end an attempt or begin another.
 
 from __future__ import annotations
 
-from osft_operator import causes, failure, names, waiting
+from osft_operator import causes, failure, missing_pods, names, waiting
 from osft_operator.actions import PollTarget
 from osft_operator.draft import Draft
 from osft_operator.observed import (
     Object,
+    Said,
     find_condition,
     is_true,
     managed_elsewhere,
@@ -19,9 +20,6 @@ from osft_operator.observed import (
 from osft_operator.obstacles import LONG_SECONDS
 from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import METRICS_PORT
-
-PODS_MISSING_SECONDS = 60.0
-"""After so long without pods, something is wrong."""
 
 
 def look(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
@@ -33,14 +31,16 @@ def look(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> N
     count = f"{running} of {nodes} pods run"
     if running >= nodes:
         draft.condition("Running", "True", "PodsRunning", count)
-    elif (trouble := _trouble(draft, pods)) is not None:
-        draft.condition("Running", "False", trouble.reason, trouble.words)
-        draft.waits_for(trouble.kind, trouble.name, trouble.since)
-        draft.look_again(LONG_SECONDS)
-    elif not pods and not is_true(current, "Restarting"):
-        _without_pods(draft, current)
     else:
-        _say_which_start(draft, current, pods, count)
+        trouble = _trouble(draft, pods)
+        if missing_pods.count(current, pods):
+            _say_what_is_missing(draft, current, pods, trouble)
+        elif trouble is not None:
+            draft.condition("Running", "False", trouble.reason, trouble.words)
+            draft.waits_for(trouble.kind, trouble.name, trouble.since)
+            draft.look_again(LONG_SECONDS)
+        else:
+            _say_which_start(draft, current, pods, count)
     draft.poll = poll_targets(run, current, pods)
 
 
@@ -79,19 +79,34 @@ def _follow_manager(draft: Draft, current: Object, manager: str) -> None:
     draft.condition("Running", "False", "Waiting", words)
 
 
-def _without_pods(draft: Draft, current: Object) -> None:
-    made = current["metadata"].get("creationTimestamp", draft.now_text)
-    draft.waits_for("PyTorchJob", current["metadata"]["name"], made)
-    left = PODS_MISSING_SECONDS - draft.seconds_since(made)
-    if left > 0:
-        draft.look_again(left)
+def _say_what_is_missing(
+    draft: Draft, current: Object, pods: list[Object], trouble: waiting.Trouble | None
+) -> None:
+    """Pods are not made, or not made again: for how long, why, and what keeps the others."""
+    since = missing_pods.since(draft.observed.status, current) or draft.now_text
+    left = missing_pods.PODS_MISSING_SECONDS - draft.seconds_since(since)
+    refusal, made = draft.observed.refusal, f"{len(pods)} of {replicas(current)} pods are made"
+    if left <= 0 and (refusal is not None or trouble is None):
+        words = _why_missing(refusal)
+        words = f"{made}: {words}" + (f"; {trouble.words}" if trouble else "")
+        draft.condition("Running", "False", "PodsNotCreated", words)
+    elif trouble is not None:
+        draft.condition("Running", "False", trouble.reason, trouble.words)
+    elif pods or is_true(current, "Restarting"):
+        running = failure.running_count(pods)
+        _say_which_start(draft, current, pods, f"{running} of {replicas(current)} pods run")
+    else:
         draft.condition("Running", "False", "PodsStarting", "no pod has been made yet")
-        return
-    event = failure.clean(draft.observed.newest_event) or (
-        "nothing is known about why; is the training-operator running?"
-    )
-    draft.condition("Running", "False", "PodsNotCreated", event)
-    draft.look_again(LONG_SECONDS)
+    draft.waits_for("PyTorchJob", current["metadata"]["name"], since)
+    draft.look_again(min(LONG_SECONDS, left) if left > 0 else LONG_SECONDS)
+
+
+def _why_missing(refusal: Said | None) -> str:
+    if refusal is None:
+        return "nothing is known about why; is the training-operator running?"
+    words = failure.clean(refusal.message)
+    cure = missing_pods.cure(words)
+    return f"{failure.word(refusal.reason, 'Warning')}: {words}" + (f"; {cure}" if cure else "")
 
 
 def poll_targets(run: RunPolicy, current: Object, pods: list[Object]) -> tuple[PollTarget, ...]:

@@ -62,10 +62,10 @@ class Observed:
     """For how long the present pods have been asked."""
     pytorch_job_kind_present: bool = True
     """Whether the API server knows PyTorchJobs."""
-    newest_event: str = ""
-    """Text of the newest event about a PyTorchJob that has no pods."""
+    refusal: Said | None = None
+    """The newest Warning about a PyTorchJob of which pods have been missing for long."""
     news: Mapping[str, Said] = field(default_factory=dict)
-    """The newest event by uid, of pods that do not start and of a claim that waits."""
+    """The event by uid that says why a pod does not start, or a claim waits."""
     workload: Object | None = None
     """Kueue's Workload of a PyTorchJob that waits in a queue, where it can be read."""
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 
+from osft_operator import evidence, missing_pods
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, KindMissing, NotFound
-from osft_operator.events import newest_about
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import JOB_LABEL, attempt_name, claim_name
-from osft_operator.observed import Observed, Said, controller, time_of
+from osft_operator.observed import Observed, Said, controller, is_deleting, time_of
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.resolved import RenderSettings
 from osft_operator.settings import Settings
 from osft_operator.workloads import Workloads
 
-PODS_MISSING_SECONDS = 60.0
-"""A PyTorchJob that has no pods for so long is asked about: its newest event says why."""
 POD_LATE_SECONDS = 30.0
-"""So is a pod that has not started for so long."""
+"""A pod that has not started for so long is asked about: an event says why."""
+PODS_ASKED = 3
+"""Of so many late pods at most."""
 STOPPING_SECONDS = 60.0
 """For so long after the end it is made sure that nothing of the job runs on."""
 
@@ -63,12 +63,6 @@ class Observer:
         pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)
         pods += await self._unseen_pods(key, job, pytorch_jobs, pods)
         late = [pod for pod in pods if _is_late(pod, now)]
-        newest = ""
-        if pytorch_jobs and not pods:
-            youngest = max(pytorch_jobs, key=lambda body: body["metadata"]["creationTimestamp"])
-            if _age_seconds(youngest, now) >= PODS_MISSING_SECONDS and not _is_over(job):
-                uid = youngest["metadata"]["uid"]
-                newest = str(await newest_about(self._cluster, key.namespace, uid) or "")
         wanted = bool(late) or not _has_own(job, pytorch_jobs)
         claim = await self._claim(key, job, wanted=wanted)
         heard = self._poller.heard(key)
@@ -83,20 +77,50 @@ class Observer:
             progress_since=heard.since,
             listening_seconds=heard.listening_seconds,
             pytorch_job_kind_present=self._serves(PYTORCHJOBS),
-            newest_event=newest,
+            refusal=await self._refusal(key, job, pytorch_jobs, pods, now),
             news=await self._news(key, late, claim) if late and not _is_over(job) else {},
             workload=await self._workloads.of(job, pytorch_jobs),
         )
 
+    async def _refusal(
+        self,
+        key: Key,
+        job: Object,
+        pytorch_jobs: Sequence[Object],
+        pods: Sequence[Object],
+        now: datetime.datetime,
+    ) -> Said | None:
+        """Why pods of the current attempt are not made, once they have been missing for long."""
+        status = job.get("status") or {}
+        name = status.get("pyTorchJobName")
+        current = next((each for each in pytorch_jobs if each["metadata"]["name"] == name), None)
+        if current is None or _is_over(job):
+            return None
+        uid = current["metadata"]["uid"]
+        here = [pod for pod in pods if controller(pod).get("uid") == uid]
+        since = missing_pods.since(status, current)
+        if since is None or not missing_pods.count(current, here):
+            return None
+        began = time_of(since)
+        if (now - began).total_seconds() < missing_pods.PODS_MISSING_SECONDS:
+            return None
+        return evidence.refusal(await evidence.about(self._cluster, key.namespace, uid), began)
+
     async def _news(
         self, key: Key, late: Sequence[Object], claim: Object | None
     ) -> dict[str, Said]:
-        """The newest event about one pod that does not start, and about a claim that waits."""
-        asked = [late[0]]
+        """What events say about pods that do not start, and about a claim that waits."""
+        # of a pod without a node the scheduler has written into its status why
+        alive = [pod for pod in late if not is_deleting(pod)]
+        asked = sorted(alive, key=lambda pod: not (pod.get("spec") or {}).get("nodeName"))
+        asked = asked[:PODS_ASKED]
         if claim is not None and (claim.get("status") or {}).get("phase") == "Pending":
             asked.append(claim)
         uids = [body["metadata"]["uid"] for body in asked]
-        said = [(uid, await newest_about(self._cluster, key.namespace, uid)) for uid in uids]
+        said = [
+            (uid, evidence.telling(await evidence.about(self._cluster, key.namespace, uid)))
+            for uid in uids
+        ]
         return {uid: event for uid, event in said if event is not None}
 
     def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:

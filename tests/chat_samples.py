@@ -151,7 +151,15 @@ def agent(*, thoughts: str | None = "reasoning_content", as_text: bool = False) 
 
 def on_real_templates(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test of `path` once for each template."""
-    files = template_files()
+    return _on(template_files(), test)
+
+
+def on_published_templates(test: Callable[..., None]) -> Callable[..., None]:
+    """The same without those that trl made of others of them, to train with."""
+    return _on([path for path in template_files() if not path.stem.endswith("_training")], test)
+
+
+def _on(files: list[Path], test: Callable[..., None]) -> Callable[..., None]:
     marked = pytest.mark.parametrize("path", files, ids=lambda path: path.stem)(test)
     return pytest.mark.skipif(not files, reason="trl is not installed: it carries them")(marked)
 

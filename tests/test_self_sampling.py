@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import tiny
+from chat_samples import CHATML, make_tokenizer, on_published_templates, real_masker
 from osft_trainer import self_sampling
+from osft_trainer.chat_template import ChatTemplate
 from osft_trainer.config import TrainingParameters
 from osft_trainer.model import load_model, load_tokenizer
 from osft_trainer.report import RunFolder
@@ -106,3 +110,83 @@ def test_a_run_on_documents_reads_documents_that_the_model_writes(
     (path,) = (RunFolder(tmp_path / "out").cache / "retention").iterdir()
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(list(row) == [column or "text"] for row in written)
+
+
+class Scripted(LlamaForCausalLM):
+    """Writes one text, whatever part of it is given; the library's own generation asks it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        super().__init__(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                num_attention_heads=1, eos_token_id=tokenizer.eos_token_id,
+            )
+        )  # fmt: skip
+        self._tokenizer, self._text = tokenizer, text
+        assert self.generation_config is not None
+        self.generation_config.use_cache = False
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+        logits = torch.full((len(input_ids), 1, len(self._tokenizer)), -1e9)
+        for row, ids in enumerate(input_ids.tolist()):
+            given = self._tokenizer.decode(ids)
+            assert self._text.startswith(given), given
+            rest = self._text[len(given) :]
+            following = self._tokenizer(rest, add_special_tokens=False)["input_ids"]
+            logits[row, 0, (following or [self._tokenizer.eos_token_id])[0]] = 0
+        return CausalLMOutputWithPast(logits=logits)
+
+
+def conversation_of(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, str]]:
+    """What is made of a model that writes a question, an answer, and goes on, as it was taught."""
+    monkeypatch.setattr(self_sampling, "AT_ONCE", 1)
+    template = ChatTemplate(tokenizer)
+    asked = [{"role": "user", "content": "ASKED"}]
+    prompt = template.prompted(template.adapted(asked))
+    going_on = [
+        *asked,
+        {"role": "assistant", "content": "SAID"},
+        {"role": "user", "content": "MORE"},
+    ]
+    behind = template.tried(going_on).partition("SAID")[2]
+    model = Scripted(tokenizer, f"{prompt}SAID{behind}")
+    (sample,) = sample_conversations(model, tokenizer, tokens=1, max_seq_len=9999, seed=0)
+    found = sample["messages"]
+    assert isinstance(found, list)
+    return found
+
+
+WRITTEN = [{"role": "user", "content": "ASKED"}, {"role": "assistant", "content": "SAID"}]
+
+
+@on_published_templates
+def test_question_and_answer_are_cut_where_the_template_ends_a_turn(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that is the token that ends the model's turns, another one, or the next header."""
+    assert conversation_of(real_masker(path)[0], monkeypatch) == WRITTEN
+
+
+ENDLESS_QUESTIONS = {
+    "a token": ("[INST] ", "[/INST]", " ", "</s>"),
+    "text": ("[Q] ", " [/Q]", " ", "</s>"),
+    "a header of text": ("<|user|>\n", "\n", "<|assistant|>\n", "</s>\n"),
+    "headers of text alone": ("User: ", "\n\n", "Assistant: ", "\n\n"),
+}
+
+
+@pytest.mark.parametrize("parts", ENDLESS_QUESTIONS.values(), ids=ENDLESS_QUESTIONS)
+def test_a_users_turn_need_not_end_in_a_stop_token(
+    parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked, answer, answered = (json.dumps(part) for part in parts)
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ {ask} + m.content + {asked} }}}}"
+        f"{{% else %}}{{{{ {answer} + m.content + {answered} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
+    )
+    tokenizer = make_tokenizer(CHATML, special=("[INST]", "[/INST]"))
+    tokenizer.chat_template = template
+    assert conversation_of(tokenizer, monkeypatch) == WRITTEN

@@ -44,9 +44,11 @@ CALL_ENDS = {
 @on_real_templates
 def test_real_templates_end_a_call_with_what_stops_the_model(path: Path) -> None:
     """Not with the end of the call itself, behind which another call may follow."""
-    if not writes_calls(path):
-        return
     tokenizer, masker = real_masker(path)
+    if not writes_calls(path):
+        with pytest.raises(ValueError, match=r"does not write|refuses the conversation"):
+            masker.texts(agent(thoughts=None), TOOLS)
+        return
     calls = masker.tokenize(masker.texts(agent(thoughts=None), TOOLS))[0]
     known = [name for name in CALL_ENDS if path.stem.startswith(name)]
     end = CALL_ENDS[max(known, key=len)] if known else FAMILIES[family_of(path)][1]

@@ -134,6 +134,10 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return _whole_characters(str(rendered))
 
+    def prompted(self, messages: Messages) -> str:
+        """What a server gives the model after adapted messages; raises as `render`."""
+        return self.render(messages, None, add_generation_prompt=True)
+
     def _adapted(self, message: Message) -> dict[str, Any]:
         changed = dict(message)
         if self._content_as_parts:

@@ -102,7 +102,8 @@ def prepare_retention(
                 max_seq_len=training.max_seq_len,
                 on_overlong="truncate",
                 cache_root=folder.cache,
-                on_bad_sample=training.on_bad_sample if path else "error",
+                # What the model writes by itself need not go through its own chat template.
+                on_bad_sample=training.on_bad_sample if path else "skip",
                 form=form_of(training) if path or training.is_pretraining else chat_of(training),
             )
         except ValueError as error:

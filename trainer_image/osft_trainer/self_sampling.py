@@ -2,20 +2,24 @@
 
 Lives here: sampling conversations by the model's own chat template: the model is given the
 beginning of a user's turn, writes the question, then answers it (as Xu et al., 2024, do to collect
-instructions); and sampling documents, from their first token. Called by `retention` where the user
-has no text of the old skills. Must never: change the model or the process's random numbers.
+instructions), each up to where the template ends such a turn; and sampling documents, from their
+first token. Called by `retention` where the user has no text of the old skills. Must never: change
+the model or the process's random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osft_trainer.chat_template import ChatTemplate
 from osft_trainer.forward import evaluating
+from osft_trainer.turn_ends import Stop, TurnEnds
 
 AT_ONCE = 64
 """Most samples that are written together."""
@@ -52,18 +56,20 @@ def sample_conversations(
     Raises:
         ValueError: if the model writes nothing that the template can show.
     """
-    begin = _prefix(tokenizer)
+    form = _Form.of(tokenizer)
+    ends = _ends(hf, tokenizer)
 
     def converse(count: int) -> list[tuple[Sample, int]]:
-        questions = _continue(hf, tokenizer, [begin] * count, max_seq_len // 2)
+        begins = [form.begin] * count
+        questions = _continue(hf, tokenizer, begins, max_seq_len // 2, ends, form.question)
         chats = [[{"role": "user", "content": q}] for q in questions if q.strip()]
-        answers = _answers(hf, tokenizer, chats, max_seq_len)
+        prompts = [form.template.prompted(form.template.adapted(chat)) for chat in chats]
+        answers = _answers(hf, tokenizer, prompts, max_seq_len, ends, form.answer)
         found: list[tuple[Sample, int]] = []
-        for chat, answer in zip(chats, answers, strict=True):
+        for chat, prompt, answer in zip(chats, prompts, answers, strict=True):
             if answer.strip():
                 chat.append({"role": "assistant", "content": answer})
-                text = tokenizer.apply_chat_template(chat, tokenize=False)
-                found.append(({"messages": chat}, len(_ids(tokenizer, text))))
+                found.append(({"messages": chat}, len(_ids(tokenizer, prompt + answer))))
         return found
 
     return _until_enough(hf, converse, tokens, max_seq_len, seed)
@@ -79,9 +85,10 @@ def sample_documents(
     seed: int,
 ) -> list[Sample]:
     """Documents from their first word on, as `sample_conversations`; the text is in `column`."""
+    ends = _ends(hf, tokenizer)
 
     def write(count: int) -> list[tuple[Sample, int]]:
-        texts = _continue(hf, tokenizer, [""] * count, max_seq_len)
+        texts = _continue(hf, tokenizer, [""] * count, max_seq_len, ends, Stop())
         return [({column: text}, len(_ids(tokenizer, text))) for text in texts if text.strip()]
 
     return _until_enough(hf, write, tokens, max_seq_len, seed)
@@ -120,51 +127,84 @@ def _until_enough(
     return found
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a conversation begins with, up to the user's first word."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "retention_data_path: the tokenizer has no chat template, so the model cannot be asked "
-            "for conversations; give a file with text of the old skills"
-        )
-    chat = [{"role": "user", "content": _MARK}]
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
-    before, mark, _ = text.partition(_MARK)
-    if not mark:
-        raise ValueError(
-            "retention_data_path: the chat template shows no user's words, so the model cannot be "
-            "asked for text; give a file with text of the old skills"
-        )
-    return before
+@dataclass(frozen=True)
+class _Form:
+    """How a conversation begins, and where its turns end, as the chat template writes them.
+
+    A user's turn need not end in the token that ends the model's own: some templates go on with the
+    assistant's header at once, as a token or as plain text.
+    """
+
+    template: ChatTemplate
+    begin: str
+    """Up to the user's first word."""
+    question: Stop
+    answer: Stop
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Form:
+        """Find out once.
+
+        Raises:
+            ValueError: there is no template, or it does not show what a user says.
+        """
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "retention_data_path: the tokenizer has no chat template, so the model cannot be "
+                "asked for conversations; give a file with text of the old skills"
+            )
+        template = ChatTemplate(tokenizer)
+        asked = template.adapted([{"role": "user", "content": _MARK}])
+        before, mark, _ = template.render(asked, None).partition(_MARK)
+        if not mark:
+            raise ValueError(
+                "retention_data_path: the chat template shows no user's words, so the model cannot "
+                "be asked for text; give a file with text of the old skills"
+            )
+        ends = TurnEnds(tokenizer, template)
+        return cls(template, before, ends.of_question(), ends.of_answer())
 
 
 def _answers(
     hf: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    chats: Sequence[list[dict[str, str]]],
+    prompts: Sequence[str],
     max_seq_len: int,
+    ends: Sequence[int],
+    stop: Stop,
 ) -> list[str]:
     """An answer to each; an empty one where the question leaves no room."""
-    prompts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
     lengths = [len(_ids(tokenizer, prompt)) for prompt in prompts]
     # Others than the tokens that were drawn: the words of a question may have several spellings.
     fitting = [number for number, length in enumerate(lengths) if length < max_seq_len]
-    answers = [""] * len(chats)
+    answers = [""] * len(prompts)
     if fitting:
         room = max_seq_len - max(lengths[number] for number in fitting)
-        written = _continue(hf, tokenizer, [prompts[number] for number in fitting], room)
+        asked = [prompts[number] for number in fitting]
+        written = _continue(hf, tokenizer, asked, room, ends, stop)
         for number, answer in zip(fitting, written, strict=True):
             answers[number] = answer
     return answers
 
 
 def _continue(
-    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    length: int,
+    ends: Sequence[int],
+    stop: Stop,
 ) -> list[str]:
-    """Sample what follows each prompt, up to the end of the turn; special tokens left out."""
+    """Sample what follows each prompt, up to the end of the turn; special tokens left out.
+
+    Args:
+        hf: the model.
+        tokenizer: its own.
+        prompts: one or more.
+        length: most tokens to write.
+        ends: tokens that end any turn.
+        stop: what ends this one, beside them.
+    """
     # A template may begin with the user's words; the model still needs a first token.
     start = tokenizer.bos_token_id or tokenizer.eos_token_id or 0
     rows = [_ids(tokenizer, prompt) or [start] for prompt in prompts]
@@ -175,6 +215,8 @@ def _continue(
         # Left-padded: what is written follows the last word at once.
         ids[place, widest - len(row) :] = torch.tensor(row)
         mask[place, widest - len(row) :] = 1
+    last = [*ends, *([tokenizer.convert_tokens_to_ids(stop.token)] if stop.token else [])]
+    by_text = {"stop_strings": [stop.text], "tokenizer": tokenizer} if stop.text else {}
     out: Tensor = hf.generate(
         input_ids=ids.to(hf.device),
         attention_mask=mask.to(hf.device),
@@ -184,9 +226,18 @@ def _continue(
         top_k=0,
         top_p=1.0,
         pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=_ends(hf, tokenizer),
+        eos_token_id=last,
+        **by_text,
     )
-    return [str(text) for text in tokenizer.batch_decode(out[:, widest:], skip_special_tokens=True)]
+    return [
+        stop.cut(str(tokenizer.decode(_before_any(row, last), skip_special_tokens=True)))
+        for row in out[:, widest:].tolist()
+    ]
+
+
+def _before_any(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The ids as far as the first of these."""
+    return ids[: next((place for place, each in enumerate(ids) if each in ends), len(ids))]
 
 
 def _ends(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,13 +8,15 @@ each of several calls), or know any model family by name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from osft_trainer.chat_template import ASKED, ChatTemplate, Message
 
 _ANSWER = "probe_answer"
+_QUESTION = "probe_question"
 _ANSWERED: Message = {"role": "assistant", "content": _ANSWER}
 _CALL_NAME = "probe_name"
 
@@ -38,6 +40,23 @@ _RESULT: Message = {
 
 class MissingTurnEnd(ValueError):
     """Nothing that ends an assistant's turn can be trained; it is the template, not the row."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a turn ends that is being written: at a control token or, where none comes, a text."""
+
+    token: str = ""
+    text: str = ""
+    space: str = ""
+    """What the template writes between the turn's own text and either."""
+
+    def cut(self, written: str) -> str:
+        """The turn's own text, of what was written as far as the token."""
+        before, stopped, _ = (
+            written.partition(self.text) if self.text else (written, self.token, "")
+        )
+        return before.removesuffix(self.space) if stopped else before
 
 
 class TurnEnds:
@@ -76,6 +95,7 @@ class TurnEnds:
             called, _CALL_NAME, template.tried([ASKED, _calling(1), _RESULT])
         )
         """The same where a call's result follows."""
+        self._template = template
 
     def last(self, text: str, start: int) -> int:
         """Character behind the end of a turn that starts at `start` and is the text's last.
@@ -109,6 +129,27 @@ class TurnEnds:
             return text, end, token
         return going_on if follows else (text, end, "")
 
+    def of_question(self) -> Stop:
+        """Where a user's turn ends and the assistant begins."""
+        asked = self._template.adapted([{"role": "user", "content": _QUESTION}])
+        return self._stop(self._template.prompted(asked).partition(_QUESTION)[2])
+
+    def of_answer(self) -> Stop:
+        """Where an assistant's turn ends and the user goes on."""
+        going_on = [ASKED, _ANSWERED, {"role": "user", "content": _QUESTION}]
+        text = self._template.tried(going_on).partition(_ANSWER)[2]
+        return self._stop(text.partition(_QUESTION)[0])
+
+    def _stop(self, behind: str) -> Stop:
+        """From what the template writes behind a turn's words: its first token, or line."""
+        rest = behind.lstrip()
+        space = behind[: len(behind) - len(rest)]
+        token = longest_prefix(rest, self._control)
+        # A model may leave out blanks; line ends tell a header from words of the turn.
+        lines = space.lstrip(" ")
+        text = "" if token or not rest else lines + rest.partition("\n")[0].rstrip()
+        return Stop(token, text, space.removesuffix(lines) if text else space)
+
     def _behind(self, text: str, words: str) -> str:
         """The control token at the end of a turn, behind these words; empty: none."""
         at = text.rfind(words)
@@ -137,9 +178,3 @@ class TurnEnds:
 def longest_prefix(text: str, tokens: Iterable[str]) -> str:
     """The longest of these tokens that the text starts with; empty: none."""
     return max((t for t in tokens if t and text.startswith(t)), default="", key=len)
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """The texts of all control tokens."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return sorted(added | set(tokenizer.all_special_tokens))

@@ -14,6 +14,7 @@ from typing import Any
 
 import urllib3
 
+from osft_operator.bounds import read_json
 from osft_operator.local_pods import Object
 
 MERGE_PATCH = "application/merge-patch+json"
@@ -38,9 +39,13 @@ class Api:
         self._pool = urllib3.PoolManager(ca_certs=str(ca), maxsize=16, assert_hostname=False)
 
     def call(
-        self, method: str, path: str, body: Object | None = None, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Object | str | None = None,
+        kind: str = "application/json",
     ) -> Object:
-        """One request; the answer as a dict.
+        """One request, its body as text where it is too deep for Python; the answer as a dict.
 
         Raises:
             ApiError: the server answered 400 or more.
@@ -48,14 +53,14 @@ class Api:
         answer = self._pool.request(
             method,
             self.url + path,
-            body=None if body is None else json.dumps(body).encode(),
+            body=body if body is None or isinstance(body, str) else json.dumps(body).encode(),
             headers={**self._headers, "Content-Type": kind},
             timeout=30,
             retries=False,
         )
         text = answer.data.decode(errors="replace")
         try:
-            parsed: Any = json.loads(text)
+            parsed: Any = read_json(text)
         except ValueError:
             parsed = {"message": text}
         told: Object = parsed if isinstance(parsed, dict) else {"message": text}

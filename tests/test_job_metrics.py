@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,7 +20,7 @@ from osft_operator.metrics import registry
 from osft_operator.names import QUEUE_LABEL
 from osft_operator.observed import text_of
 from osft_operator.queue import Key
-from osft_operator.status_model import Phase
+from osft_operator.status_model import PHASES
 from world import START, World, last_words, running
 
 KEY = Key("ns", "sample")
@@ -148,7 +148,7 @@ def later(seconds: int) -> str:
     return (START + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@pytest.mark.parametrize("phase", get_args(Phase))
+@pytest.mark.parametrize("phase", PHASES)
 def test_only_a_job_that_runs_stands_still(phase: str) -> None:
     """An alert on it would never end for a job that has."""
     told = {"conditions": [condition("Stalled", "True", later(0))]}

@@ -157,7 +157,7 @@ def test_the_author_is_told_of_a_bug_and_of_a_status_that_cannot_be_written(
         raise RecursionError("maximum recursion depth exceeded")
 
     def strange(*_: object) -> Decision:
-        return Decision({"phase": "Nonsense"})
+        return Decision({"restarts": -1})
 
     async def story(scene: Scene) -> None:
         for _ in range(2):
@@ -169,7 +169,7 @@ def test_the_author_is_told_of_a_bug_and_of_a_status_that_cannot_be_written(
         assert (await scene.job())["status"]["phase"] == "Pending"
         assert await scene.said() == {"InternalError": 1}
         monkeypatch.setattr("osft_operator.reconcile.decide", strange)
-        with pytest.raises(Refused, match="Nonsense"):
+        with pytest.raises(Refused, match="restarts"):
             await scene.one_pass()
         assert await scene.said() == {"InternalError": 1}
         monkeypatch.undo()

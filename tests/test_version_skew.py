@@ -18,8 +18,8 @@ import newer_version
 from job_samples import Object, job
 from newer_version import CHANGED, CHANGED_DEFAULT, DEFAULT, PARAMETER
 from osft_operator.actions import CreatePyTorchJob
+from osft_operator.causes import cause
 from osft_operator.decide import decide
-from osft_operator.failure import cause
 from osft_operator.observed import Observed
 from osft_operator.resolved import RenderSettings
 from osft_trainer import launch
@@ -213,3 +213,12 @@ def test_an_unknown_parameter_does_not_end_the_job_for_good(
     assert ended is not None
     assert (ended.is_final, ended.reason) == (final, shown)
     assert ("use the image of the operator's version" in ended.message) is not final
+
+
+def test_a_run_that_an_older_operator_has_begun_goes_on() -> None:
+    """What is added to the record has a default, since older records lack it."""
+    recorded = json.loads((Path(__file__).parent / "older" / "status.json").read_text())
+    assert recorded["resolved"]["image"] == "trainer:0"
+    _, made = decided(second(sample(), recorded))
+    assert trainer(made)["image"] == "trainer:0"
+    assert made[0]["metadata"]["name"] == "sample-a2"

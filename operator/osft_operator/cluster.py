@@ -236,10 +236,18 @@ class Cluster:
         return await self._call("PUT", kind, kind.path(namespace, name), query=query, body=body)
 
     async def patch(
-        self, kind: Kind, namespace: str, name: str, body: Object, *, sub: str | None = None
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        body: Object,
+        *,
+        sub: str | None = None,
+        strict: bool = True,
     ) -> Object:
-        """Merge into an object or its subresource."""
-        query = {"fieldValidation": "Strict", "fieldManager": FIELD_MANAGER}
+        """Merge into an object or its subresource; unknown fields are an error, or left out."""
+        validation = "Strict" if strict else "Ignore"
+        query = {"fieldValidation": validation, "fieldManager": FIELD_MANAGER}
         path = kind.path(namespace, name, sub)
         return await self._call("PATCH", kind, path, query=query, body=body)
 
@@ -268,6 +276,16 @@ class Cluster:
         except NotFound:
             return False
         return any(item.get("name") == kind.plural for item in found.get("resources", []))
+
+    async def schema(self, kind: Kind) -> Object:
+        """The schema of a kind as the API server publishes it, with defaults; empty without one."""
+        found = await self._call("GET", kind, f"/openapi/v3{kind.root}")
+        wanted = {"group": kind.group, "version": kind.version, "kind": kind.kind}
+        schemas: dict[str, Object] = (found.get("components") or {}).get("schemas") or {}
+        for schema in schemas.values():
+            if wanted in (schema.get("x-kubernetes-group-version-kind") or []):
+                return schema
+        return {}
 
     async def _call(
         self,

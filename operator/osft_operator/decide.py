@@ -29,6 +29,7 @@ from osft_operator.observed import Object, Observed, attempt_of, find_condition,
 from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob, problems
 from osft_operator.status import CONDITIONS, set_condition, set_phase
+from osft_operator.unknown_fields import shown, unknown_fields
 
 __all__ = [
     "Action",
@@ -44,6 +45,8 @@ __all__ = [
     "refused",
 ]
 
+DEFINITION_SECONDS = 60.0
+"""Wait after a field was not understood: the definition may be on its way."""
 REFUSED_SECONDS = 300.0
 """Wait after the API server refused something: only a person can change that, or a quota."""
 
@@ -78,7 +81,15 @@ def _accepted(draft: Draft) -> OSFTJob | None:
     try:
         job = OSFTJob.model_validate(body)
     except ValidationError:
-        draft.condition("Accepted", "False", "InvalidSpec", "; ".join(problems(body)))
+        words = problems(body)
+        if unknown := unknown_fields(body):
+            # what the API server has stored, its definition knows
+            words.append(
+                f"this operator is older than the OSFTJob's definition: upgrade it, or leave out "
+                f"{', '.join(map(shown, unknown))}"
+            )
+            draft.look_again(DEFINITION_SECONDS)
+        draft.condition("Accepted", "False", "InvalidSpec", "; ".join(words))
         return None
     # Wishes are judged before they become pods; what was made is followed, and made again only if
     # they are still allowed. Nothing is made while something of ours is there.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from osft_operator import evidence, missing_pods
 from osft_operator.cache import Cache
 from osft_operator.cluster import Cluster, KindMissing, NotFound
+from osft_operator.definition import Definition
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
 from osft_operator.names import JOB_LABEL, attempt_name, claim_name
 from osft_operator.observed import Observed, Said, controller, is_deleting, time_of
@@ -47,6 +48,7 @@ class Observer:
         self._poller = poller
         self._serves = serves
         self._workloads = Workloads(cluster, wanted=settings.kueue)
+        self._definition = Definition(cluster)
 
     def alone(self, job: Object) -> Observed:
         """One job of which nothing else is known."""
@@ -58,6 +60,7 @@ class Observer:
         Raises:
             ClusterError: when what no watch tells of could not be read.
         """
+        job = await self._definition.understood(job)
         pytorch_jobs = self._pytorch_jobs(key, job)
         pods = self._cache.children(PODS, key)
         pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)

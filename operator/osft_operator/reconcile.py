@@ -44,6 +44,7 @@ from osft_operator.kinds import CLAIMS, OSFTJOBS, PYTORCHJOBS, Kind, Object
 from osft_operator.leader import LeaseLost
 from osft_operator.merge_patch import merge_patch
 from osft_operator.observer import Observer
+from osft_operator.older_definition import OlderDefinition
 from osft_operator.polling import Poller
 from osft_operator.queue import Key
 from osft_operator.settings import Settings
@@ -84,6 +85,7 @@ class Reconciler:
         self._poller = poller
         self._recorder = recorder
         self._observer = Observer(settings, cluster, cache, poller, serves)
+        self._older = OlderDefinition(clock=clock)
         self._covers = covers
         self._now = now
         self._clock = clock
@@ -266,7 +268,7 @@ class Reconciler:
         Returns:
             After how many seconds progress that was held back is due.
         """
-        recorded, status = job.get("status") or {}, decision.status
+        recorded, status = job.get("status") or {}, self._older.fit(decision.status)
         change = merge_patch(recorded, status)
         if change and not decision.events and says_little(recorded, status):
             wait = self._until_write(key) if key not in self._milestones else 0.0
@@ -276,7 +278,7 @@ class Reconciler:
         if change:
             version = job["metadata"]["resourceVersion"]
             patch = {"metadata": {"resourceVersion": version}, "status": change}
-            written = await self._patch_status(key, job, patch)
+            written = await self._patch_status(key, job, patch, status)
             self._cache.put(OSFTJOBS, written)
             metrics.status_writes.inc()
             self._milestones.discard(key)
@@ -288,9 +290,9 @@ class Reconciler:
             await self._recorder.record(job, event)
         return None
 
-    async def _patch_status(self, key: Key, job: Object, patch: Object) -> Object:
+    async def _patch_status(self, key: Key, job: Object, patch: Object, status: Object) -> Object:
         try:
-            return await self._cluster.patch(OSFTJOBS, *key, patch, sub="status")
+            return await self._older.write(self._cluster, key, patch, status)
         except Forbidden:
             raise
         except Refused as error:

@@ -241,11 +241,12 @@ def _names_at(path: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int) or model is None:
             continue
         fields = {to_camel(name): info for name, info in model.model_fields.items()}
-        model = _model_in(fields[part].annotation)
+        model = model_in(fields[part].annotation)
     return [] if model is None else [to_camel(name) for name in model.model_fields]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, alone or in a list; None when it holds none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+    return next(filter(None, map(model_in, get_args(annotation))), None)

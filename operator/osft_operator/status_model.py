@@ -18,7 +18,7 @@ Time = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-ti
 Reason = Annotated[str, Field(max_length=64)]
 Message = Annotated[str, Field(max_length=4096)]
 
-Phase = Literal[
+PHASES = (
     "Pending",
     "Queued",
     "Starting",
@@ -28,7 +28,8 @@ Phase = Literal[
     "Suspended",
     "Succeeded",
     "Failed",
-]
+)
+"""All phases there are. No choice in the definition: an operator that is newer may have more."""
 
 
 class Part(BaseModel):
@@ -190,8 +191,9 @@ class WaitingFor(Part):
 class JobStatus(Part):
     """What the operator has seen and done. Written by the operator only."""
 
-    phase: Phase | None = None
-    """One word for people, worked out from the conditions."""
+    phase: Annotated[str, Field(max_length=32)] | None = None
+    """One word for people, worked out from the conditions: Pending, Queued, Starting, Running,
+    Restarting, Suspending, Suspended, Succeeded or Failed."""
     reason: Reason | None = None
     """Why the job is in this phase."""
     waiting_for: WaitingFor | None = None

@@ -234,3 +234,24 @@ def test_merging_goes_by_names() -> None:
         "tolerations": [{"key": "a"}, {"key": "b"}],
         "nodeSelector": {"a": "1", "b": "2"},
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, ("false", "false", "disabled")),
+        ({"annotations": {"linkerd.io/inject": "enabled"}}, ("false", "false", "enabled")),
+        ({"labels": {"sidecar.istio.io/inject": "true"}}, ("true", "false", "disabled")),
+    ],
+)
+def test_meshes_are_told_not_to_inject_unless_the_job_says_so(
+    given: Object, seen: tuple[str, str, str]
+) -> None:
+    body = job({"spec.podTemplate": {"metadata": given}})
+    assert problems(body) == []
+    assert denials(OSFTJob.model_validate(body)) == []
+    replicas = render(body)[-1]["spec"]["pytorchReplicaSpecs"]
+    metadata = replicas["Master"]["template"]["metadata"]
+    istio, linkerd = "sidecar.istio.io/inject", "linkerd.io/inject"
+    found = (metadata["labels"][istio], metadata["annotations"][istio])
+    assert (*found, metadata["annotations"][linkerd]) == seen

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 
+from osft_operator import sidecars
 from osft_operator.actions import Action, Decision, Event, PollTarget
 from osft_operator.observed import Observed, find_condition, text_of, time_of
 from osft_operator.status import (
@@ -106,6 +107,8 @@ class Draft:
     def _event(self, kind: str, status: str, reason: str, message: str) -> Event | None:
         if kind == "Accepted" and status == "False" and reason != "NotYet":
             return Event("Warning", reason, message)
+        if kind == "Running" and reason == sidecars.REASON:
+            return Event("Normal", reason, message)
         if kind == "Running" and status == "True":
             is_over = self.recorded(kind)[1] not in (None, *QUIET)
             return Event("Normal", "Running", message) if is_over else None

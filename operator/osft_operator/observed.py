@@ -66,6 +66,8 @@ class Observed:
     """The newest Warning about a PyTorchJob of which pods have been missing for long."""
     news: Mapping[str, Said] = field(default_factory=dict)
     """The event by uid that says why a pod does not start, or a claim waits."""
+    sidecar_grace_seconds: float = 60.0
+    """How long other containers may outlive the trainers of all pods."""
     workload: Object | None = None
     """Kueue's Workload of a PyTorchJob that waits in a queue, where it can be read."""
 

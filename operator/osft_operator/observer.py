@@ -43,6 +43,7 @@ class Observer:
         serves: Callable[[Kind], bool],
     ) -> None:
         self._render = RenderSettings.of(settings)
+        self._sidecar_grace_seconds = settings.sidecar_grace_seconds
         self._cluster = cluster
         self._cache = cache
         self._poller = poller
@@ -82,6 +83,7 @@ class Observer:
             pytorch_job_kind_present=self._serves(PYTORCHJOBS),
             refusal=await self._refusal(key, job, pytorch_jobs, pods, now),
             news=await self._news(key, late, claim) if late and not _is_over(job) else {},
+            sidecar_grace_seconds=self._sidecar_grace_seconds,
             workload=await self._workloads.of(job, pytorch_jobs),
         )
 

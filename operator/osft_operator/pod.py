@@ -24,7 +24,8 @@ SHUTDOWN_RESERVE_SECONDS = 30
 """Part of the grace period that torchrun keeps for itself after its processes saved."""
 OWN_CODE_ONLY = {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
 """No module comes from the working folder, nor from packages in HOME, which is a user's volume."""
-NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
+NO_ISTIO = {"sidecar.istio.io/inject": "false"}
+NO_LINKERD = {"linkerd.io/inject": "disabled"}
 RESTRICTED_CONTAINER: Object = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -43,9 +44,10 @@ def template(job: OSFTJob, resolved: Resolved, attempt: int, rank: list[Object])
     """
     base: Object = {
         "metadata": {
-            # a sidecar between the ranks breaks the rendezvous; old Istio reads the annotation
-            "labels": {**labels(job, attempt), **NO_SIDECAR},
-            "annotations": dict(NO_SIDECAR),
+            # a proxy between the ranks breaks the rendezvous, and does not end when the trainer
+            # does; old Istio reads the annotation
+            "labels": {**labels(job, attempt), **NO_ISTIO},
+            "annotations": {**NO_ISTIO, **NO_LINKERD},
         },
         "spec": _spec(job, resolved, attempt, rank),
     }

@@ -80,6 +80,9 @@ class Settings(Allowed):
     """How often it is looked whether a kind (PyTorchJob) has come or gone."""
     watch_check_seconds: Seconds = 20
     """How often it is looked whether the watches tell everything."""
+    sidecar_grace_seconds: Annotated[float, Field(ge=0, le=86400)] = 60
+    """How long other containers of a pod may outlive the trainers of all pods, which have ended
+    well; then the job has succeeded, and its pods are deleted."""
     kueue: bool = False
     """Whether to read Kueue's Workloads, to say why a job waits in its queue."""
 

@@ -8,12 +8,14 @@ restarted for it.
 
 from __future__ import annotations
 
-from osft_operator import attempts, endings
+from osft_operator import attempts, endings, sidecars
 from osft_operator.draft import Draft
 from osft_operator.observed import find_condition, time_of
 from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import METRICS_PORT, duration
 
+UNWATCHED = ("ManagedElsewhere", sidecars.REASON)
+"""Reasons of Running=True with which no progress is to come, or none can be seen."""
 LISTEN_SECONDS = 10.0
 """So long the pods are asked in vain before their silence counts."""
 
@@ -24,7 +26,7 @@ def judge(draft: Draft, run: RunPolicy) -> None:
     if run.suspend and find_condition(draft.status, "Suspended")["status"] != "True":
         return  # it is on its way to stand still, as it was told to
     running = find_condition(draft.status, "Running")
-    here = running["status"] == "True" and running["reason"] != "ManagedElsewhere"
+    here = running["status"] == "True" and running["reason"] not in UNWATCHED
     if stall is None or not here:
         if find_condition(draft.status, "Stalled")["status"] == "True":
             draft.condition("Stalled", "False", "NotRunning" if stall else "NotWatched")

@@ -15,6 +15,7 @@ from osft_operator import (
     gang,
     names,
     predecessors,
+    sidecars,
     stall,
     suspension,
 )
@@ -30,6 +31,7 @@ from osft_operator.observed import (
     is_deleting,
     is_suspended,
     is_true,
+    replicas,
     time_of,
 )
 from osft_operator.obstacles import in_the_way, kind_is_missing
@@ -166,8 +168,23 @@ def _watch(draft: Draft, run: RunPolicy, current: Object) -> None:
         recorded = draft.observed.status.get("restarts", 0)
         draft.status["restarts"] = max(recorded, run.max_restarts)
         endings.fail_by_pods(draft, "MaxRestartsExceeded")
+    elif (left := sidecars.outliving(pods, replicas(current))) is not None:
+        _end_beside(draft, left)
     elif not _past_deadline(draft, run):
         _suspend_or_run(draft, run, current, pods)
+
+
+def _end_beside(draft: Draft, left: sidecars.Outliving) -> None:
+    """The training is done; what else runs in its pods gets a while to notice."""
+    grace = draft.observed.sidecar_grace_seconds
+    waited_since = draft.waits_for("Pod", left.pod, left.since)
+    remaining = grace - draft.seconds_since(left.since or waited_since)
+    if remaining <= 0:
+        endings.complete(draft)
+        return
+    words = f"{left.words()}; {grace:g} s after its trainers the job ends, and its pods with it"
+    draft.condition("Running", "True", sidecars.REASON, words)
+    draft.look_again(remaining)
 
 
 def _see_off(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:

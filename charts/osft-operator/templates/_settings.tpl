@@ -66,6 +66,8 @@ absent value into null.
   value: {{ .Values.reconcile.kindCheckSeconds | toJson | quote }}
 - name: OSFT_WATCH_CHECK_SECONDS
   value: {{ .Values.reconcile.watchCheckSeconds | toJson | quote }}
+- name: OSFT_SIDECAR_GRACE_SECONDS
+  value: {{ .Values.reconcile.sidecarGraceSeconds | toJson | quote }}
 - name: OSFT_KUEUE
   value: {{ .Values.kueue.enabled | toJson | quote }}
 - name: OSFT_PROGRESS_POLL_SECONDS

@@ -23,7 +23,7 @@ from osft_operator.local_runner import free_port
 
 QUICK = {
     "progress": {"pollSeconds": 0.5, "writeSeconds": 1},
-    "reconcile": {"kindCheckSeconds": 2},
+    "reconcile": {"kindCheckSeconds": 2, "sidecarGraceSeconds": 2},
     "leaderElection": {"durationSeconds": 4, "renewSeconds": 1},
 }
 """Values under which a test need not wait long."""

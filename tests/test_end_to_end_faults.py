@@ -6,6 +6,9 @@ there.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -87,23 +90,75 @@ def test_delete_while_it_runs_leaves_what_was_asked(jobs: Jobs, retain: bool) ->
         wait_for("claim gone", lambda: f"{name}-checkpoints" not in claims())
 
 
+def test_the_next_attempt_waits_for_the_save_of_the_one_before(jobs: Jobs) -> None:
+    """(d) A PyTorchJob is deleted, and an OSFTJob is deleted and applied: no save is lost.
+
+    The pod that ends is held still, as if its save took long.
+    """
+    spec = {"terminationGracePeriodSeconds": 60}
+    job = short("saves", maxSteps=80, checkpointEverySteps=None, spec=spec)
+    jobs.apply(job)
+
+    def delete_pytorch_job() -> None:
+        jobs.kubectl("delete", "pytorchjob", "saves", "--wait=false")
+
+    def delete_and_apply() -> None:
+        jobs.kubectl("delete", "osftjob", "saves")
+        jobs.apply(job)
+
+    saved = 0
+    for pod, act in (
+        ("saves-master-0", delete_pytorch_job),
+        ("saves-a2-master-0", delete_and_apply),
+    ):
+        jobs.wait_step("saves", saved + 8)
+        processes = process_tree.find(jobs.cluster.kubelet.runner(jobs.namespace, pod).at.mark)
+        _send(processes, signal.SIGSTOP)
+        act()
+        wait_for("the wait", lambda: jobs.status("saves").get("reason") == "PodsStopping")
+        assert jobs.status("saves")["waitingFor"]["name"] == pod
+        wait_for("no PyTorchJob", lambda: not jobs.children("pytorchjobs"))
+        time.sleep(1.5)
+        assert not jobs.children("pytorchjobs"), "the next one is not made beside the old pod"
+        _send(processes, signal.SIGCONT)
+        wait_for("the next attempt", lambda: jobs.children("pytorchjobs"), timeout_seconds=90)
+        newest = jobs.folder("saves").complete_checkpoints()[-1]
+        step = jobs.folder("saves").step_of(newest) or 0
+        assert step >= saved + 8, "what it saved while it ended is kept"
+        saved = step
+    jobs.wait_phase("saves", "Succeeded")
+    assert len(jobs.losses("saves")) == 80
+
+
+def _send(processes: list[int], number: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, number)
+
+
 def test_a_job_on_the_old_claim_is_taken_for_what_it_is(jobs: Jobs) -> None:
-    """(d) Delete and apply again: the same is done at once, another is refused or begins anew."""
-    jobs.apply(short("again", maxSteps=5))
+    """(d) Delete and apply again: the same is done at once, another is refused or begins anew.
+
+    Beside some of them lives a container that does not end by itself.
+    """
+    proxy = {"name": "proxy", "image": "proxy:1", "command": ["sleep", "600"]}
+    beside = {"podTemplate": {"spec": {"containers": [proxy]}}}
+    jobs.apply(short("again", maxSteps=5, spec=beside))
     jobs.wait_phase("again", "Succeeded")
+    wait_for("its pods end", lambda: not _pods_of(jobs, "again"))
     first, written = jobs.losses("again"), jobs.folder("again").metrics.read_bytes()
     jobs.kubectl("delete", "osftjob", "again")
     jobs.apply(short("again", maxSteps=5))
     jobs.wait_phase("again", "Succeeded")
     assert jobs.folder("again").metrics.read_bytes() == written, "what is done is not done twice"
     jobs.kubectl("delete", "osftjob", "again")
-    changed = short("again", maxSteps=5, learningRate=0.0005)
+    changed = short("again", maxSteps=5, learningRate=0.0005, spec=beside)
     jobs.apply(changed)
     status = jobs.wait_phase("again", "Failed")
     assert "learning_rate" in status["failure"]["message"]
     assert status["failure"]["exitCode"] == 2
+    wait_for("its pods end", lambda: not _pods_of(jobs, "again"))
     jobs.kubectl("delete", "osftjob", "again")
-    changed["spec"]["onExistingRun"] = "restart"
+    changed["spec"] |= {"onExistingRun": "restart", "podTemplate": {}}
     jobs.apply(changed)
     jobs.wait_phase("again", "Succeeded")
     assert len(jobs.losses("again")) == 5

@@ -37,7 +37,9 @@ def overtaken_while_writing(
     def copy(*told: Any) -> None:
         real(*told)
         newer = RunParameters(run_id=tiny.RUN_ID, attempt=2)
-        claim(folder, newer, Fingerprint({"data": "", "model": ""}))
+        owner = read_document(folder.owner, OwnerRecord)
+        assert owner is not None
+        claim(folder, newer, Fingerprint(owner.parts))
         next_attempt()
 
     patch.setattr(export, "_copy_base_files", copy)

@@ -32,10 +32,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from osft_trainer.base_weights import BaseWeights
+from osft_trainer.base_weights import BaseWeights, versions
 from osft_trainer.experts import TRAINED_SUFFIX, MasterParameter
 from osft_trainer.linear import SubspaceWeight
 
+_VERSIONS = "osft_base_versions"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -150,6 +151,27 @@ def parts_of(hf: nn.Module) -> list[Part]:
             for name, tensor in own:
                 add(tensor, f"{path}.{name}" if path else name, tensor, tensor.requires_grad)
     return [Part(tuple(dict.fromkeys(names[key])), *sources[key]) for key in names]
+
+
+def remember_files(hf: PreTrainedModel, folder: Path) -> None:
+    """Note of which files a model was made, for `check_same_files`."""
+    hf.__dict__[_VERSIONS] = versions(folder)
+
+
+def check_same_files(hf: PreTrainedModel, folder: Path) -> None:
+    """Make sure that what was trained is added to the weights that it was trained on.
+
+    Raises:
+        OSError: a weight file is another one now; a new attempt tells whether the base is.
+    """
+    noted = hf.__dict__.get(_VERSIONS)
+    found = versions(folder)
+    if noted is not None and noted != found:
+        names = sorted(n for n in {*noted, *found} if noted.get(n) != found.get(n))
+        raise OSError(
+            f"model_path: {names[0]} in {folder} has been changed since it was loaded, and what "
+            "was trained does not belong to it: put the old file back"
+        )
 
 
 def layout_of(hf: PreTrainedModel, weights: BaseWeights) -> Layout:

@@ -96,6 +96,12 @@ class BaseWeights:
         return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
+def versions(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change, ns, of each weight file: what tells that one is another."""
+    stats = {path.name: path.stat() for path in loaded_files(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 def loaded_files(folder: Path) -> list[Path]:
     """As transformers chooses them."""
     whole, index = folder / "model.safetensors", folder / INDEX

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osft_trainer.agreement import from_first_rank
-from osft_trainer.base_layout import Group, Layout, Part, layout_of, parts_of
+from osft_trainer.base_layout import Group, Layout, Part, check_same_files, layout_of, parts_of
 from osft_trainer.base_weights import BaseWeights
 from osft_trainer.exchange import full
 from osft_trainer.linear import SubspaceWeight
@@ -41,7 +41,7 @@ def trained_weights(
     may fail on the first rank alone, reading the base, is left to the call of what is yielded.
 
     Raises:
-        OSError: on every rank, if the first cannot read the base's headers.
+        OSError: on every rank, if the first cannot read the base's headers, or they have changed.
         ValueError: on every rank, if the files are not those that the model was made of.
     """
     parts = [part for part in parts_of(model.hf) if part.is_trained]
@@ -67,6 +67,7 @@ def _opened(
     opened: list[tuple[BaseWeights, Layout]] = []
 
     def on_first_rank() -> str:
+        check_same_files(hf, base)
         weights = BaseWeights(base)
         layout = layout_of(hf, weights)
         lost = [part.names[0] for part in parts if not _groups(part, layout)]
@@ -110,7 +111,7 @@ def _change(part: Part, is_first: bool) -> Change | None:
 def _added(update: Tensor, weight: Tensor) -> Tensor:
     if not update.any():  # bit for bit, the sign of a zero included
         return weight
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + update
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).add_(update)
 
 
 def _made(

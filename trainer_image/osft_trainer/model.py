@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from osft_trainer import projection
+from osft_trainer.base_layout import remember_files
 from osft_trainer.experts import MasterParameter, replace_parameter
 from osft_trainer.forward import packed_loss
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
@@ -139,6 +140,7 @@ def load_model(
         )
         _check_weights(folder, info)
         not_loaded(model, folder)
+        remember_files(model, folder)
         return cast(PreTrainedModel, model)
 
     with faults_of(folder, "the model"):

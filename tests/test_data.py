@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data_rows import (
     SOUND,
@@ -16,7 +18,7 @@ from data_rows import (
     write,
 )
 from osft_trainer.data import DataCounts, prepare
-from osft_trainer.samples import Chat
+from osft_trainer.samples import Chat, Documents, Form
 
 
 def test_samples_come_back_with_labels_and_counts(tmp_path: Path) -> None:
@@ -169,6 +171,29 @@ def test_more_conversations_than_one_group_keep_their_order(tmp_path: Path) -> N
     assert [trained_text(data, i) for i in (0, 63, 64, 299)] == [
         "n0<e>", "n63<e>", "n64<e>", "n299<e>"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [Chat(), Documents(block_size=9)])
+def test_text_that_the_tokenizer_does_not_know_is_named_once(
+    tmp_path: Path, form: Form, caplog: pytest.LogCaptureFixture
+) -> None:
+    vocabulary = {"<unk>": 0, "<e>": 1, "hi": 2, "yes": 3, "once": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<unk>", "<e>"])
+    template = "{% for m in messages %}{{ m.content }}<e>{% endfor %}"
+    options: Any = {"eos_token": "<e>", "unk_token": "<unk>", "chat_template": template}
+    rows = [{**row("hi", answer), "text": answer} for answer in ("yes", "never", "never")]
+    prepare(
+        write(tmp_path / "d.jsonl", *rows),
+        PreTrainedTokenizerFast(tokenizer_object=backend, **options),
+        max_seq_len=9,
+        on_overlong="error",
+        cache_root=tmp_path,
+        form=form,
+    )
+    assert caplog.text.count("d.jsonl, line 2: the tokenizer has no token for some of") == 1
+    assert caplog.text.count("has no token") == 1
 
 
 def test_line_ends_of_windows_are_no_fault(tmp_path: Path) -> None:

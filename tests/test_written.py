@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from chat_samples import (
     chat,
     ids_digest,
     make_tokenizer,
+    on_published_templates,
     on_real_templates,
     real_masker,
     trained_runs,
 )
+from drawn import SOAK, examples
 from osft_trainer.chat_template import Dialogue
 from osft_trainer.conversations import THOUGHTS
 from osft_trainer.masking import ChatMasker, MaskedText
@@ -93,6 +98,64 @@ def test_words_reach_the_text_where_they_belong_or_the_row_is_refused(path: Path
         last = max(place for place, m in enumerate(messages) if m["role"] == "assistant")
         begin = texts[-1].text[: texts[-1].spans[-1][0]]
         assert begin.startswith(dialogue.prompt(last)) or not texts[-1].prompt_is_served
+
+
+PIECES = (
+    *("yes", "no", '{"a": 1}', "für dich", "你好", "🙂", "\n\n", "\t", "C:\\new", '"q"', "it's"),
+    *("<b>x</b>", "user", "assistant", "{{ x }}", "{% raw %}", "- item", "1.5e3", "None", "&amp;"),
+    *("```py\nx = 1\n```", "/no_think", "Paris", "<|user|>"),
+)
+
+
+def drawn_text(draw: random.Random, most: int = 6) -> str:
+    pieces = draw.choices(PIECES, k=draw.randint(1, most))
+    return "".join(piece + draw.choice(("", " ", "\n")) for piece in pieces)
+
+
+def drawn_conversation(draw: random.Random) -> list[dict[str, Any]]:
+    """Turns that say much the same in awkward characters, some with calls or thoughts."""
+    messages = chat(*(drawn_text(draw) for _ in range(2 * draw.randint(1, 3))))
+    for place in reversed(range(1, len(messages), 2)):
+        if draw.random() < 0.3:
+            messages[place]["reasoning_content"] = drawn_text(draw)
+        if draw.random() < 0.3:
+            call, result = agent(thoughts=None)[1:3]
+            call["tool_calls"][0]["function"]["arguments"]["city"] = drawn_text(draw, 2)
+            messages[place:place] = [call, {**result, "content": drawn_text(draw)}]
+    if draw.random() < 0.5:
+        messages.insert(0, {"role": "system", "content": drawn_text(draw)})
+    return messages
+
+
+def missing_in(text: str, words: list[str]) -> list[str]:
+    at = 0
+    for word in words:
+        at = text.find(word, at)
+        if at < 0:
+            return [word]
+    return []
+
+
+@on_published_templates
+def test_drawn_conversations_are_whole_or_refused(path: Path) -> None:
+    _, masker = real_masker(path)
+    draw = random.Random(f"{path.stem} {os.urandom(8).hex() if SOAK else ''}")
+    for _ in range(examples(4)):
+        messages = drawn_conversation(draw)
+        try:
+            texts = masker.texts(messages, TOOLS)
+        except ValueError:
+            continue
+        answers = [place for place, m in enumerate(messages) if m["role"] == "assistant"]
+        spans = [(text.text, span) for text in texts for span in text.spans]
+        for place, (text, (start, end)) in zip(answers, spans, strict=True):
+            for key in ("content", "reasoning_content"):
+                words = re.findall(r"\w+", messages[place].get(key, ""))
+                assert not missing_in(text[start:end], words), messages
+            for message in messages[:place]:
+                if message["role"] != "assistant":
+                    words = re.findall(r"\w+", message["content"])
+                    assert all(word in text[:start] for word in words), messages
 
 
 CUTS_THOUGHTS = (

@@ -72,9 +72,11 @@ class Chat:
         """See `Form`."""
         masker = ChatMasker(tokenizer, self.stop_token_ids, self.on_missing_eos)
         texts = self._texts(rows, masker, faults)
+        unknown = _UnknownTokens(tokenizer)
         for group in _groups(texts, lambda placed: len(placed[1].text)):
             tokens = masker.tokenize([text for _, text in group])
             for (place, _), each in zip(group, tokens, strict=True):
+                unknown.check(place, each.input_ids)
                 yield Placed(place, each)
 
     def _texts(
@@ -126,12 +128,12 @@ class _Notes:
                 "will not learn from this data where to stop"
             )
         if not all(text.prompt_is_served for text in texts):
-            prompt = template.generation_prompt
             self._warn(
-                f"the chat template begins an assistant's turn with {prompt!r} for a server, and "
-                "writes some of these turns without its end: they are learned from where the two "
-                "differ. Give them thoughts (reasoning_content), or chat_template_kwargs that "
-                "switch thoughts off"
+                "a server begins an assistant's turn with "
+                f"{template.generation_prompt!r}, and the chat template writes some of these turns "
+                "otherwise: they are learned from where the two differ, behind a prompt that no "
+                "server gives. Add thoughts (reasoning_content) or leave them out, or switch them "
+                "by chat_template_kwargs, as the template names it"
             )
         for stop in frozenset[str]().union(*(text.stops for text in texts)):
             if stop not in self._masker.ends.stops:
@@ -144,6 +146,28 @@ class _Notes:
         if line not in self._given:
             self._given.add(line)
             logger.warning("%s", line)
+
+
+class _UnknownTokens:
+    """A warning, once, where the tokenizer has no token for a piece of the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        unknown = tokenizer.unk_token_id
+        # Some tokenizers name a token here that ends their texts, and know every text.
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        self._id = None if unknown in others else unknown
+        self._token = tokenizer.unk_token
+
+    def check(self, place: str, ids: Ids) -> None:
+        """Look for it in one sample."""
+        if self._id is not None and (ids == self._id).any():
+            self._id = None
+            logger.warning(
+                "%s: the tokenizer has no token for some of the text, and writes %r in its place: "
+                "such text is not learned; further samples are not named",
+                place,
+                self._token,
+            )
 
 
 @dataclass(frozen=True)
@@ -168,6 +192,7 @@ class Documents:
                 "eos_token: set one in its tokenizer_config.json"
             )
         block = _Block(self.block_size)
+        unknown = _UnknownTokens(tokenizer)
         place = ""
         for group in _groups(self._texts(rows, faults), lambda placed: len(placed[1])):
             encoded = tokenizer(
@@ -182,7 +207,9 @@ class Documents:
                     continue
                 if not ids or ids[-1] != tokenizer.eos_token_id:
                     ids.append(tokenizer.eos_token_id)
-                for tokens in block.fill(np.array(ids, dtype=np.int32)):
+                document = np.array(ids, dtype=np.int32)
+                unknown.check(place, document)
+                for tokens in block.fill(document):
                     yield Placed(place, tokens)
         if block.pieces:
             yield Placed(place, block.take())

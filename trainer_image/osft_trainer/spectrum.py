@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from osft_trainer.base_model import local_folder
+from osft_trainer.base_model import local_folder, stop_token_ids
 from osft_trainer.data import prepare
 from osft_trainer.forward import loss_tokens, packed_loss
 from osft_trainer.model import load_model, load_tokenizer
 from osft_trainer.model_limits import check_fits, check_ids, table_of_positions
 from osft_trainer.packing import MicroBatch, collate
 from osft_trainer.plan_report import pattern_of
+from osft_trainer.samples import Chat
 from osft_trainer.subspace import free_rank
 from osft_trainer.targets import Plan, Target, plan_targets
 
@@ -235,6 +236,8 @@ def _batches(
             max_seq_len=min(LONGEST_SAMPLE, table_of_positions(hf) or LONGEST_SAMPLE),
             on_overlong="truncate",
             cache_root=cache,
+            # Nothing is learned here, so no end can be missed.
+            form=Chat(stop_token_ids=stop_token_ids(base), on_missing_eos="ignore"),
         )
         check_fits(hf, prepared, "--data")
         used = int((prepared.lengths.cumsum() <= max_tokens).sum()) or 1

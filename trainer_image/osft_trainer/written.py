@@ -129,7 +129,8 @@ class Written:
         for word in sorted(set(missing), key=lambda word: (-len(word), word))[:_MOST_WORDS]:
             other = re.sub(rf"\b{re.escape(word)}\b", OTHER, content)
             changed = dialogue.template.with_content(message, other)
-            if _is_same(dialogue, index, changed, before):
+            count, is_prompt = (index + 1, False) if before is None else (before, True)
+            if _is_same(dialogue, index, changed, count, is_prompt=is_prompt):
                 return True
         return False
 
@@ -148,12 +149,12 @@ def _left_out(words: str, turn: str) -> list[str]:
     return missing
 
 
-def _is_same(dialogue: Dialogue, index: int, changed: Message, before: int | None) -> bool:
-    """Whether the text does not change with message `index`."""
-    count = index + 1 if before is None else before
+def _is_same(
+    dialogue: Dialogue, index: int, changed: Message, count: int, *, is_prompt: bool = False
+) -> bool:
+    """Whether the text of the first `count` messages does not change with message `index`."""
     messages: list[Message] = list(dialogue.messages[:count])
     messages[index] = changed
-    is_prompt = before is not None
     try:
         other = dialogue.rendered(messages, add_generation_prompt=is_prompt)
         return other == (dialogue.prompt(count) if is_prompt else dialogue.upto(count))

@@ -9,6 +9,7 @@ import pytest
 from cluster.api import ApiError, wait_for
 from cluster.control_plane import ControlPlane
 from cluster.jobs import JOBS, pytorchjob
+from cluster.webhook import Webhook
 from osft_operator import process_tree
 
 pytestmark = pytest.mark.cluster
@@ -87,7 +88,7 @@ def test_unknown_field_is_refused_by_name(control_plane: ControlPlane, namespace
             lambda job: job["spec"]["pytorchReplicaSpecs"].update(
                 Chief=job["spec"]["pytorchReplicaSpecs"].pop("Worker")
             ),
-            "no keys but Master and Worker",
+            r'Unsupported value: "Chief": supported values: "Master", "Worker"',
         ),
         (
             lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"].update(replicas=0),
@@ -98,23 +99,24 @@ def test_unknown_field_is_refused_by_name(control_plane: ControlPlane, namespace
                 job["spec"]["pytorchReplicaSpecs"].pop("Worker"),
                 job["spec"].update(elasticPolicy={}),
             ),
-            "elasticPolicy requires",
+            "must be configured if elastic policy is used",
         ),
         (
             lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
                 "containers"
             ][0].update(name="trainer"),
-            "must be named pytorch",
+            "at least one container with name pytorch",
         ),
         (
             lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
                 "containers"
             ][0].pop("image"),
-            "image",
+            r"containers\[0\].image: Required value",
         ),
     ],
     ids=["name", "master", "keys", "workers", "elastic", "container", "image"],
 )
+@pytest.mark.pytorchjob_webhook
 def test_webhook_rules_refuse_a_bad_pytorchjob(
     control_plane: ControlPlane, namespace: str, change, words: str
 ) -> None:
@@ -122,7 +124,24 @@ def test_webhook_rules_refuse_a_bad_pytorchjob(
     change(job)
     with pytest.raises(ApiError, match=words) as refused:
         control_plane.api.post(JOBS.format(namespace=namespace), job)
-    assert refused.value.code == 422
+    assert refused.value.code == 403
+    assert "admission webhook" in refused.value.message
+
+
+@pytest.mark.pytorchjob_webhook
+def test_nothing_can_be_made_while_the_webhook_is_away(
+    webhook: tuple[ControlPlane, Webhook], namespace: str
+) -> None:
+    plane, hook = webhook
+    path = JOBS.format(namespace=namespace)
+    hook.away()
+    try:
+        with pytest.raises(ApiError, match="failed calling webhook") as refused:
+            plane.api.post(path, pytorchjob("a", ["true"]))
+        assert refused.value.code == 500
+    finally:
+        hook.serve()
+    plane.api.post(path, pytorchjob("a", ["true"], runPolicy={"suspend": True}))
 
 
 def test_a_crd_can_come_and_go(control_plane: ControlPlane, namespace: str) -> None:

@@ -18,6 +18,8 @@ from osft_operator.bounds import read_json
 from osft_operator.local_pods import Object
 
 MERGE_PATCH = "application/merge-patch+json"
+TRIES = 10
+"""So often a request is sent that the server asks to send again later, as client-go does it."""
 
 
 class ApiError(Exception):
@@ -50,14 +52,7 @@ class Api:
         Raises:
             ApiError: the server answered 400 or more.
         """
-        answer = self._pool.request(
-            method,
-            self.url + path,
-            body=body if body is None or isinstance(body, str) else json.dumps(body).encode(),
-            headers={**self._headers, "Content-Type": kind},
-            timeout=30,
-            retries=False,
-        )
+        answer = self._request(method, path, body, kind)
         text = answer.data.decode(errors="replace")
         try:
             parsed: Any = read_json(text)
@@ -67,6 +62,26 @@ class Api:
         if answer.status >= 400:
             raise ApiError(answer.status, str(told.get("message", text)), told)
         return told
+
+    def _request(
+        self, method: str, path: str, body: Object | str | None, kind: str
+    ) -> urllib3.BaseHTTPResponse:
+        """The answer, after every `Retry-After`: a kind that was just made is not there at once."""
+        for number in range(1, TRIES + 1):
+            answer = self._pool.request(
+                method,
+                self.url + path,
+                body=body if body is None or isinstance(body, str) else json.dumps(body).encode(),
+                headers={**self._headers, "Content-Type": kind},
+                timeout=30,
+                retries=False,
+            )
+            wait = answer.headers.get("Retry-After", "")
+            not_yet = answer.status == 429 or answer.status >= 500
+            if not not_yet or not wait.isdecimal() or number == TRIES:
+                break
+            time.sleep(float(wait))
+        return answer
 
     def attempt(
         self, method: str, path: str, body: Object | None = None, kind: str = "application/json"

@@ -257,9 +257,9 @@ class ControlPlane:
             f"--kubeconfig={self.kubeconfig}",
             "--enable-priority-and-fairness=false",
             *self._proxy_trust(),
-            # these ask A for kinds that 1.20 does not have
+            # these ask A for kinds that 1.20 does not have; validating webhooks it has
             "--disable-admission-plugins=NamespaceLifecycle,ValidatingAdmissionPolicy,"
-            "MutatingAdmissionPolicy,ValidatingAdmissionWebhook,MutatingAdmissionWebhook",
+            "MutatingAdmissionPolicy,MutatingAdmissionWebhook",
         )
         url = f"https://127.0.0.1:{self._crd_port}"
         certificate = folder / "apiserver.crt"

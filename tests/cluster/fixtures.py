@@ -21,6 +21,7 @@ from cluster import binaries
 from cluster.control_plane import ControlPlane
 from cluster.kubelet import Kubelet
 from cluster.training_operator import TrainingOperator
+from cluster.webhook import Webhook
 from osft_operator import process_tree
 from osft_operator.local_pods import Object
 
@@ -84,19 +85,28 @@ def control_plane_binaries() -> binaries.Binaries:
 
 
 @pytest.fixture(scope="session")
-def control_plane(
+def webhook(
     control_plane_binaries: binaries.Binaries, cluster_folder: Path, session_mark: str
-) -> Iterator[ControlPlane]:
+) -> Iterator[tuple[ControlPlane, Webhook]]:
+    """The control plane with the webhook of PyTorchJobs; a test may send the webhook away."""
+    plane = ControlPlane(control_plane_binaries, cluster_folder / "plane", session_mark)
+    try:
+        plane.start([pytorchjob_crd(), *own_crds()])
+        hook = Webhook(plane.api, cluster_folder)
+        hook.start()
+        yield plane, hook
+        hook.stop()
+    finally:
+        plane.stop()
+
+
+@pytest.fixture(scope="session")
+def control_plane(webhook: tuple[ControlPlane, Webhook]) -> ControlPlane:
     """The API server with the PyTorchJob CRD and the repository's own; one per session.
 
     A CRD that the server refuses fails test_control_plane, and the tests that use it.
     """
-    plane = ControlPlane(control_plane_binaries, cluster_folder / "plane", session_mark)
-    try:
-        plane.start([pytorchjob_crd(), *own_crds()])
-        yield plane
-    finally:
-        plane.stop()
+    return webhook[0]
 
 
 @pytest.fixture

@@ -124,15 +124,37 @@ def test_two_ranks_export_a_base_together(tmp_path: Path) -> None:
         assert (base.with_suffix(".out") / "model.safetensors").read_bytes() == old
 
 
-def test_weights_under_other_names_keep_these(tmp_path: Path) -> None:
-    """Files of the decoder alone, which transformers finds all the same."""
-    base = save_tiny_model(tmp_path / "base", "mixtral", tie_word_embeddings=True)
-    bare = {n.removeprefix("model."): t for n, t in _weights(base).items()}
-    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+OTHER_NAMES = {"mixtral": "model.", "gpt2": "transformer."}
+"""What the names of the bare decoder lack; so GPT-2 lies on the hub."""
+
+
+@pytest.mark.parametrize("family", OTHER_NAMES)
+def test_weights_under_other_names_keep_these(family: str, tmp_path: Path) -> None:
+    """Names that transformers finds all the same."""
+    base = save_tiny_model(tmp_path / "base", family, tie_word_embeddings=True)
+    prefix = OTHER_NAMES[family]
+    other = {name.removeprefix(prefix): tensor for name, tensor in _weights(base).items()}
+    save_file(other, base / "model.safetensors", metadata={"format": "pt"})
     model = load_model(base, torch.bfloat16)
-    export_hf(convert(model, plan_targets(model, 0.3)), base, tmp_path / "out", ALONE)
-    for name, tensor in _weights(tmp_path / "out").items():
-        assert torch.equal(tensor, bare[name]), name
+    osft = convert(model, plan_targets(model, 0.3, "dense", other_parameters="all"))
+    fill_masters(model, base, torch.bfloat16)
+    export_hf(osft, base, tmp_path / "out", ALONE)
+    new = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert new == (base / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "gemma3-vision"])
+def test_experts_and_towers_in_the_layout_of_the_model_keep_it(family: str, tmp_path: Path) -> None:
+    """As newer versions save them, when they are asked to: nothing is converted on loading."""
+    base = tmp_path / "base"
+    loaded = load_model(save_family(tmp_path / "hub", family), torch.float32)
+    loaded.save_pretrained(base, save_original_format=False)
+    assert _weights(base).keys() != _weights(tmp_path / "hub").keys()
+    export_hf(_trained(base, torch.bfloat16), base, tmp_path / "out", ALONE)
+    old, new = _weights(base), _weights(tmp_path / "out")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert len(changed) == len(plan_targets(loaded, 0.3).targets)
 
 
 def test_a_tied_head_that_the_files_hold_too_is_written_too(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_it_is_named_in_plan_and_log_and_is_in_final(
 ) -> None:
     base = save_family(tmp_path / "base", "qwen3_5")
     tiny.tokenizer().save_pretrained(base)
+    (base / "consolidated.safetensors").write_bytes(b"the same weights for another program")
     data = tiny.data_file(tmp_path / "data.jsonl", conversations=2)
     told = tiny.training(
         base, data, tmp_path / "out", training_mode="step", max_steps=1, effective_batch_size=2
@@ -130,8 +131,11 @@ def test_it_is_named_in_plan_and_log_and_is_in_final(
     with caplog.at_level(logging.INFO):
         final = tiny.run(told).final_dir
     assert "model folders get them as they are: model.visual, mtp" in caplog.text
+    assert "in no model folder of this run: consolidated.safetensors" in caplog.text
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert [part["name"] for part in plan["not_loaded"]] == names
+    assert plan["left_out"] == ["consolidated.safetensors"]
+    (base / "consolidated.safetensors").unlink()
     old, new = weights_of(base), weights_of(final)
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}

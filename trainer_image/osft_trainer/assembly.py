@@ -26,6 +26,7 @@ from osft_trainer.config import TrainingParameters
 from osft_trainer.data import form_of, open_prepared, prepare
 from osft_trainer.data_files import find_data_files
 from osft_trainer.decomposition import Decompositions
+from osft_trainer.export import left_out
 from osft_trainer.importance import importance_of_run
 from osft_trainer.liger import apply_liger
 from osft_trainer.masters import fill_masters
@@ -148,6 +149,8 @@ def _check_base(hf: PreTrainedModel, plan: Plan, base: Path, world: World) -> tu
     def on_first_rank() -> str:
         check_way_back(hf, base, plan.trained)
         log_not_loaded(beside)
+        if other := left_out(base):
+            logger.info("not read, and in no model folder of this run: %s", ", ".join(other))
         return ""
 
     from_first_rank(world, on_first_rank)
@@ -239,6 +242,7 @@ def _write_plan(
     document = {
         **plan.to_json(),
         "not_loaded": [part.to_json() for part in beside],
+        "left_out": left_out(Path(training.model_path)),
         "steps": steps,
         "processes": world.size,
         "data": {"digest": prepared.digest, **asdict(counts)},

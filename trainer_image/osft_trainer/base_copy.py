@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +35,10 @@ _SPELLED = {dtype: name for name, dtype in FLOATS.items()}
 
 
 class BaseCopy:
-    """The weight files of an exported folder while they come into being."""
+    """The weight files of an exported folder while they come into being.
+
+    They stay open until `finish` or `release`: on a network's disk each closing waits for it.
+    """
 
     def __init__(self, base: Path, folder: Path, save_dtype: torch.dtype | None) -> None:
         """Make the files, full length, with their headers.
@@ -51,6 +55,8 @@ class BaseCopy:
         self.base, self.folder = base, folder
         self.weights = BaseWeights(base)
         self._new: dict[str, Entry] = {}
+        self._open = ExitStack()
+        self._targets: dict[Path, BinaryIO] = {}
         self._written: set[str] = set()
         main = self.weights.main_dtype()
         self._types = {} if save_dtype is None else {_SPELLED[main]: _SPELLED[save_dtype]}
@@ -64,35 +70,46 @@ class BaseCopy:
             assert tuple(tensor.shape) == entry.shape, f"{name} has another shape in the base"
             assert entry.float_type is not None, f"{name} is no floating-point tensor in the base"
             raw = _bytes_of(tensor.to(entry.float_type))
-            with entry.path.open("r+b") as file:
-                file.seek(entry.start)
-                file.write(raw)
+            file = self._targets[entry.path]
+            file.seek(entry.start)
+            file.write(raw)
             self._written.add(name)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Take everything that was not written from the base."""
+        for path in self.weights.files:
+            with path.open("rb") as source:
+                self._take_rest(path, source)
+        self.release()
+        index = self.base / INDEX
+        if index.is_file() and self.base / "model.safetensors" not in self.weights.files:
+            self._write_index(index)
+
+    def release(self) -> None:
+        """Close the files, whole or not."""
+        self._open.close()
+
+    def _take_rest(self, path: Path, source: BinaryIO) -> None:
         for name, old in self.weights.entries.items():
-            if name in self._written:
+            if old.path != path or name in self._written:
                 continue
             new = self._new[name]
             if new.dtype != old.dtype:
                 self.write({name: self.weights.read(name)})
                 continue
-            with old.path.open("rb") as source, new.path.open("r+b") as target:
-                source.seek(old.start)
-                target.seek(new.start)
-                _copy(source, target, old.stop - old.start)
-        index = self.base / INDEX
-        if index.is_file() and self.base / "model.safetensors" not in self.weights.files:
-            self._write_index(index)
+            target = self._targets[new.path]
+            source.seek(old.start)
+            target.seek(new.start)
+            _copy(source, target, old.stop - old.start)
 
     def _begin(self, path: Path) -> None:
         header = self._header(read_header(path))
         target = self.folder / path.name
         entries = entries_of(target, header)
-        with target.open("wb") as file:
-            file.write(header.raw)
-            file.truncate(max((e.stop for e in entries.values()), default=len(header.raw)))
+        file = self._open.enter_context(target.open("wb"))
+        file.write(header.raw)
+        file.truncate(max((e.stop for e in entries.values()), default=len(header.raw)))
+        self._targets[target] = file
         self._new.update(entries)
 
     def _header(self, old: Header) -> Header:

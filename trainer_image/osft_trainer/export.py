@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 
 from osft_trainer.agreement import from_first_rank
 from osft_trainer.base_copy import BaseCopy
-from osft_trainer.base_weights import BaseWeights
+from osft_trainer.base_weights import BaseWeights, loaded_files
 from osft_trainer.dense import trained_weights
 from osft_trainer.durable import complete, put_in_place, told, work_folder
 from osft_trainer.model import OSFTModel
 from osft_trainer.parallel import World
-from osft_trainer.report import finite
+from osft_trainer.report import COMPLETE, finite
 
 OSFT_FILE = "osft.json"
 
@@ -81,7 +81,8 @@ def export_hf(
         if world.rank == 0 and failure is None:
             try:
                 with _as_os_error(out):
-                    copies = copies or [BaseCopy(base, work, save_dtype)]
+                    if not copies:
+                        copies.append(BaseCopy(base, work, save_dtype))
                     copies[0].write(make())
             except (OSError, ValueError) as error:
                 failure = error
@@ -90,8 +91,9 @@ def export_hf(
         if failure is not None:
             raise failure
         with _as_os_error(out):
-            copy = copies[0] if copies else BaseCopy(base, work, save_dtype)
-            copy.close()
+            if not copies:
+                copies.append(BaseCopy(base, work, save_dtype))
+            copies[0].finish()
             _copy_base_files(base, work, save_dtype)
             facts = {**leaks, "base_digest": digest or base_digest(base), **(extra or {})}
             _write_json(work / OSFT_FILE, _description(model, dtype) | finite(facts))
@@ -103,6 +105,9 @@ def export_hf(
     try:
         from_first_rank(world, finish)
     finally:
+        for copy in copies:
+            with suppress(OSError):  # what cannot be written has been said
+                copy.release()
         if world.rank == 0:
             # After a failure: another try needs the room.
             shutil.rmtree(work, ignore_errors=True)
@@ -147,15 +152,37 @@ def _description(model: OSFTModel, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
+def left_out(base: Path) -> tuple[str, ...]:
+    """Names in a base folder that its exports do not have: other formats, other programs' files."""
+    kept = {path.name for path in (*loaded_files(base), *_beside_weights(base))}
+    return tuple(
+        path.name
+        for path in sorted(base.iterdir())
+        if path.name not in kept
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.name not in (OSFT_FILE, COMPLETE)
+    )
+
+
+def _beside_weights(base: Path) -> list[Path]:
+    """Configuration, tokenizer and code: what is copied as it is."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if (path.name in _COPIED_FOLDERS if path.is_dir() else path.suffix not in _WEIGHT_SUFFIXES)
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.name != OSFT_FILE
+    ]
+
+
 def _copy_base_files(base: Path, folder: Path, save_dtype: torch.dtype | None) -> None:
     """Copy configuration, tokenizer and code files byte for byte; only a new dtype is noted."""
-    for path in sorted(base.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.name in _COPIED_FOLDERS and path.is_dir():
+    for path in _beside_weights(base):
+        if path.is_dir():
             shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
-        if path.is_dir() or path.name.startswith(".") or path.name == OSFT_FILE or is_index:
-            continue
-        if path.suffix not in _WEIGHT_SUFFIXES:
+        else:
             shutil.copyfile(path, folder / path.name)
     if save_dtype is not None:
         config = json.loads((folder / "config.json").read_text())

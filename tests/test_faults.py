@@ -138,6 +138,8 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "half-open watches": lambda scene: scene.proxy.freeze_watches(),
     "silent watches": silent_watches,
     "410": expired_versions,
+    "403": answering(403, "Forbidden"),
+    "403 to writes": only_writes(403, "Forbidden"),
     "429": answering(429, "TooManyRequests", retry_after=1),
     "500": answering(500, "InternalError"),
     "503 to writes": only_writes(503, "ServiceUnavailable"),

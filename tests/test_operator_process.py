@@ -156,7 +156,7 @@ def test_nothing_is_written_when_nothing_changes(operator: OperatorProcess, scen
     assert "annotations" not in metadata
 
 
-def test_a_name_that_is_taken_is_said_and_used_when_free(
+def test_a_name_that_is_taken_is_said_and_left_alone(
     operator: OperatorProcess, scene: Scene
 ) -> None:
     foreign = {

@@ -135,7 +135,7 @@ def test_a_refusal_is_a_condition_with_the_servers_words_and_told_once(
     async def story(scene: Scene) -> None:
         assert await scene.one_pass() == 0
         for _ in range(3):
-            assert await scene.one_pass() == 300
+            assert await scene.one_pass() == 30
         accepted = await scene.condition("Accepted")
         assert (accepted["status"], accepted["reason"]) == ("False", "Refused")
         assert "exceeded quota" in accepted["message"]
@@ -202,7 +202,7 @@ def test_what_was_decided_is_told_though_only_the_claim_could_be_made(
         await scene.settle()
         await scene.cluster.patch(*job, {"spec": {"suspend": False}})
         for _ in range(3):
-            assert await scene.one_pass() == 300
+            assert await scene.one_pass() == 30
         assert await scene.names(CLAIMS) == ["run-checkpoints"]
         assert await scene.said() == {"SuspendRequested": 1, "Resumed": 1, "Refused": 1}
 

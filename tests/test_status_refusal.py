@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 
 import pytest
@@ -222,13 +223,15 @@ def test_what_is_refused_for_a_running_attempt_is_told_once_and_it_is_asked_on()
     first = refused(asked, world.body, "denied by a webhook", world.now)
     assert [event.reason for event in first.events] == ["Refused"]
     world.body["status"] = first.status
-    for _ in range(3):
-        world.wait(300)
+    assert first.requeue_after == 30
+    began = world.now
+    for since, wait in ((300, 75), (600, 150), (1200, 300), (9000, 300)):
+        world.now = began + datetime.timedelta(seconds=since)
         again = refused(
             world.step(act=False, record=False), world.body, "denied by a webhook", world.now
         )
         assert again.status == first.status, "a write would wake it at once"
-        assert (again.events, again.requeue_after) == ((), 300)
+        assert (again.events, again.requeue_after) == ((), wait)
     world.edit(suspend=False)
     running_on = world.settle()
     told = refused(running_on, world.body, "denied", world.now)

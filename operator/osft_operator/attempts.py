@@ -11,14 +11,47 @@ import datetime
 
 from osft_operator import names
 from osft_operator.draft import Draft
-from osft_operator.observed import find_condition, text_of
+from osft_operator.observed import another_job, find_condition, text_of
 from osft_operator.restarts import wait_seconds
 from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import duration
 
 
+def free(draft: Draft, attempt: int) -> int:
+    """The first attempt from this one on whose name is not that of another's PyTorchJob.
+
+    `x-a2` is the name of the second attempt of job `x`, and of the first of job `x-a2`. What else
+    has a name that was chosen for a job is for its author to know, before anything is done.
+    """
+    observed, name = draft.observed, draft.observed.name
+    for each in range(attempt, names.MAX_ATTEMPT):
+        stranger = observed.stranger_named(names.attempt_name(name, each))
+        if stranger is None or not observed.is_anothers(stranger):
+            return each
+        if each == 1 and another_job(stranger, name) is None:
+            return each
+    return names.MAX_ATTEMPT
+
+
+def pass_by(draft: Draft) -> bool:
+    """Record another number for an attempt whose name was taken since; whether it was."""
+    attempt, due = draft.status["attempt"], draft.status.get("nextAttemptTime")
+    if free(draft, attempt) == attempt:
+        return False
+    record(draft, attempt)
+    if due is not None:
+        draft.status["nextAttemptTime"] = due
+    return True
+
+
 def record(draft: Draft, attempt: int) -> None:
-    """Record an attempt that is no restart: the first, or one after a suspension."""
+    """Record an attempt that is no restart: the first, or one after a suspension.
+
+    Args:
+        draft: the decision.
+        attempt: its number, or the next one whose name is free.
+    """
+    attempt = free(draft, attempt)
     draft.status["attempt"] = attempt
     draft.status["pyTorchJobName"] = names.attempt_name(draft.observed.name, attempt)
     draft.status["restartsBeforeAttempt"] = draft.status["restarts"]

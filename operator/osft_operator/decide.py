@@ -25,7 +25,15 @@ from osft_operator.actions import (
     SuspendPyTorchJob,
 )
 from osft_operator.draft import Draft
-from osft_operator.observed import Object, Observed, attempt_of, find_condition, is_deleting
+from osft_operator.observed import (
+    Object,
+    Observed,
+    attempt_of,
+    find_condition,
+    is_deleting,
+    time_of,
+)
+from osft_operator.obstacles import LONG_SECONDS
 from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob, problems
 from osft_operator.status import CONDITIONS, set_condition, set_phase
@@ -48,7 +56,8 @@ __all__ = [
 DEFINITION_SECONDS = 60.0
 """Wait after a field was not understood: the definition may be on its way."""
 REFUSED_SECONDS = 300.0
-"""Wait after the API server refused something: only a person can change that, or a quota."""
+"""Longest wait after the API server refused something: only a person can change that, or a quota,
+and no watch tells of it. It begins with `obstacles.LONG_SECONDS` and grows with the time since."""
 
 
 def decide(observed: Observed, now: datetime.datetime) -> Decision:
@@ -141,7 +150,9 @@ def refused(decision: Decision, body: Object, message: str, now: datetime.dateti
     events = [event for event in decision.events if (event.reason, event.message) != about]
     if is_news:
         events.append(Event("Warning", "Refused", message))
-    # a deadline comes on time also for a job whose pods are refused
-    due = REFUSED_SECONDS if decision.requeue_after is None else decision.requeue_after
-    due = min(REFUSED_SECONDS, due)
+    since = (now - time_of(told["lastTransitionTime"])).total_seconds()
+    due = min(max(LONG_SECONDS, since / 4), REFUSED_SECONDS)
+    if decision.requeue_after is not None:
+        # a deadline comes on time also for a job whose pods are refused
+        due = min(due, decision.requeue_after)
     return Decision(status, events=tuple(events), requeue_after=due, poll=decision.poll)

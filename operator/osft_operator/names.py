@@ -53,6 +53,7 @@ KUEUE_JOB_LABELS = (
 
 MAX_NAME_LENGTH = 46
 """Leaves room for `-a9999-worker-999` in the 63 characters of a pod's host name."""
+MAX_ATTEMPT = 9999
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 """DNS-1035: the name becomes part of host names."""
 MAX_NODES = 1000

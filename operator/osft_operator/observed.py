@@ -117,6 +117,18 @@ class Observed:
             None,
         )
 
+    def is_anothers(self, body: Object) -> bool:
+        """Whether an object surely belongs to somebody else, and to no earlier job of our name.
+
+        One with neither an owner nor another job's label does not: it may be ours, whose owner was
+        taken off.
+        """
+        owner = controller(body)
+        if owner:
+            is_earlier = (owner.get("kind"), owner.get("name")) == (names.KIND, self.name)
+            return owner.get("uid") != self.uid and not is_earlier
+        return another_job(body, self.name) is not None
+
     def pods_of(self, job: Object) -> list[Object]:
         """The pods of a PyTorchJob, by its uid and not by their labels, which anybody can set."""
         uid = job["metadata"].get("uid", "")
@@ -127,6 +139,14 @@ def controller(body: Object) -> Object:
     """The controlling ownerReference; empty when there is none."""
     references = body["metadata"].get("ownerReferences") or []
     return next((each for each in references if each.get("controller")), {})
+
+
+def another_job(body: Object, name: str) -> str | None:
+    """The OSFTJob that an object was made for, by its owner or its label, if it is not `name`."""
+    owner, labels = controller(body), body["metadata"].get("labels") or {}
+    kept_for = owner.get("name") if owner.get("kind") == names.KIND else None
+    job = kept_for or (None if owner else labels.get(names.JOB_LABEL))
+    return str(job) if job and job != name else None
 
 
 def is_true(body: Object, condition: str) -> bool:

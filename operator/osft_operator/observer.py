@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Callable, Sequence
 
 from osft_operator import evidence, missing_pods
-from osft_operator.cache import Cache
+from osft_operator.cache import Cache, job_of
 from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.definition import Definition
 from osft_operator.kinds import CLAIMS, PODS, PYTORCHJOBS, Kind, Object
@@ -62,7 +62,7 @@ class Observer:
             ClusterError: when what no watch tells of could not be read.
         """
         job = await self._definition.understood(job)
-        pytorch_jobs = self._pytorch_jobs(key, job)
+        pytorch_jobs = await self._pytorch_jobs(key, job)
         pods = self._cache.children(PODS, key)
         pytorch_jobs += await self._unseen(key, job, pytorch_jobs, now)
         pods += await self._unseen_pods(key, job, pytorch_jobs, pods)
@@ -128,15 +128,34 @@ class Observer:
         ]
         return {uid: event for uid, event in said if event is not None}
 
-    def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
+    async def _pytorch_jobs(self, key: Key, job: Object) -> list[Object]:
         """All that bear our label, and others' that have a name we would give."""
         found = self._cache.children(PYTORCHJOBS, key)
         seen = {body["metadata"]["name"] for body in found}
         attempt = (job.get("status") or {}).get("attempt") or 1
         for name in (attempt_name(key.name, attempt), attempt_name(key.name, attempt + 1)):
-            other = self._cache.get(PYTORCHJOBS, key.namespace, name)
-            if other is not None and name not in seen:
+            known = self._cache.get(PYTORCHJOBS, key.namespace, name)
+            if known is None or name in seen:
+                continue
+            # what is over makes nothing, so that nothing is in its way
+            other = known if _is_over(job) else await self._in_the_way(PYTORCHJOBS, key, name)
+            if other is not None:
                 found.append(other)
+        return found
+
+    async def _in_the_way(self, kind: Kind, key: Key, name: str) -> Object | None:
+        """An object of the cache that has a name we would give.
+
+        Of one without our label no watch tells, not even that it is gone, so it is read again.
+        """
+        known = self._cache.get(kind, key.namespace, name)
+        if known is None or job_of(kind, known) is not None:
+            return known
+        found = await self._read(kind, key, name)
+        if found is None:
+            self._cache.remove(kind, known)
+        else:
+            self._cache.put(kind, found)
         return found
 
     async def _unseen(
@@ -155,7 +174,7 @@ class Observer:
         expected = [attempt] if "pyTorchJobUID" in status else [attempt - 1]
         names = {attempt_name(key.name, each) for each in expected if each > 0}
         missing = names - {body["metadata"]["name"] for body in seen}
-        found = [await self._read(key, name) for name in missing]
+        found = [await self._read(PYTORCHJOBS, key, name) for name in missing]
         return [body for body in found if body is not None]
 
     async def _unseen_pods(
@@ -175,9 +194,9 @@ class Observer:
         listing = await self._cluster.list_all(PODS, key.namespace, labels=labels)
         return listing.items
 
-    async def _read(self, key: Key, name: str) -> Object | None:
+    async def _read(self, kind: Kind, key: Key, name: str) -> Object | None:
         try:
-            return await self._cluster.get(PYTORCHJOBS, key.namespace, name)
+            return await self._cluster.get(kind, key.namespace, name)
         except KindMissing:
             # nobody can say whether it is gone
             raise
@@ -187,17 +206,15 @@ class Observer:
     async def _claim(self, key: Key, job: Object, *, wanted: bool) -> Object | None:
         """The claim for checkpoints: the one made for this name, or the one the user has."""
         checkpoints = (job["spec"].get("storage") or {}).get("checkpoints") or {}
-        name = checkpoints.get("claimName")
-        if not name:
-            return self._cache.get(CLAIMS, key.namespace, claim_name(key.name))
+        is_asked = wanted and not _is_over(job)
+        if not (name := checkpoints.get("claimName")):
+            name = claim_name(key.name)
+            if is_asked:
+                return await self._in_the_way(CLAIMS, key, name)
+            return self._cache.get(CLAIMS, key.namespace, name)
         # Users' claims bear no label of ours, so no watch tells of them.
         found = self._cache.get(CLAIMS, key.namespace, name)
-        if found is not None or not wanted or _is_over(job):
-            return found
-        try:
-            return await self._cluster.get(CLAIMS, key.namespace, name)
-        except NotFound:
-            return None
+        return await self._read(CLAIMS, key, name) if found is None and is_asked else found
 
 
 def _is_late(pod: Object, now: datetime.datetime) -> bool:

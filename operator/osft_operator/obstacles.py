@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from osft_operator import names
 from osft_operator.draft import Draft
-from osft_operator.observed import Object, controller, is_deleting, is_true
+from osft_operator.observed import Object, another_job, controller, is_deleting, is_true
 from osft_operator.predecessors import is_of_earlier_run
 from osft_operator.render import checkpoint_claim
 from osft_operator.resolved import Resolved
@@ -41,13 +41,7 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
         kind_is_missing(draft)
         return True
     if stranger is not None:
-        owner = controller(stranger)
-        whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "nobody"
-        reason, words = (
-            "NameTaken",
-            f"PyTorchJob {stranger['metadata']['name']} is there, owned by {whose}: delete it, or "
-            "use another name",
-        )
+        reason, words = "NameTaken", _taken(draft, stranger)
         draft.waits_for("PyTorchJob", stranger["metadata"]["name"])
     elif (trouble := _claim_trouble(draft, job, resolved)) is not None:
         reason, words = trouble
@@ -58,6 +52,15 @@ def in_the_way(draft: Draft, job: OSFTJob, resolved: Resolved, name: str) -> boo
     draft.condition("Running", "False", reason, words)
     draft.look_again(LONG_SECONDS)
     return True
+
+
+def _taken(draft: Draft, stranger: Object) -> str:
+    """Whose a name is; what another OSFTJob needs is never to be deleted."""
+    owner, name = controller(stranger), stranger["metadata"]["name"]
+    if (other := another_job(stranger, draft.observed.name)) is not None:
+        return f"PyTorchJob {name} belongs to OSFTJob {other}: use another name for this job"
+    whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "nobody"
+    return f"PyTorchJob {name} is there, owned by {whose}: delete it, or use another name"
 
 
 def kind_is_missing(draft: Draft) -> None:
@@ -74,7 +77,7 @@ def _disowned(draft: Draft) -> Object | None:
     if attempt == 1:
         return None
     found = draft.observed.stranger_named(names.attempt_name(draft.observed.name, attempt - 1))
-    if found is None or controller(found):
+    if found is None or controller(found) or draft.observed.is_anothers(found):
         return None
     return None if is_true(found, "Succeeded") or is_true(found, "Failed") else found
 
@@ -138,12 +141,18 @@ def _not_ours(draft: Draft, job: OSFTJob, claim: Object) -> tuple[str, str] | No
     name = claim["metadata"]["name"]
     owner = controller(claim)
     label = (claim["metadata"].get("labels") or {}).get(names.JOB_LABEL)
-    if owner and owner.get("uid") != draft.observed.uid:
+    if owner.get("uid") == draft.observed.uid or (not owner and label == job.metadata.name):
+        return None
+    if (other := another_job(claim, job.metadata.name)) is not None:
+        cure = "use claimName, or another name for this job"
+        return "ClaimTaken", f"claim {name} belongs to OSFTJob {other}: {cure}"
+    if (owner.get("kind"), owner.get("name")) == (names.KIND, job.metadata.name):
+        words = f"claim {name} of an earlier OSFTJob goes with it: the cluster deletes it"
+        return "ClaimTerminating", words
+    if owner:
         whose = f"{owner.get('kind')} {owner.get('name')}"
         return "ClaimTaken", f"claim {name} belongs to {whose}: delete it, or use claimName"
-    if not owner and label != job.metadata.name:
-        return "ClaimTaken", (
-            f"claim {name} exists without label {names.JOB_LABEL}={job.metadata.name}: label it, "
-            "delete it, or use claimName"
-        )
-    return None
+    return "ClaimTaken", (
+        f"claim {name} exists without label {names.JOB_LABEL}={job.metadata.name}: label it, "
+        "delete it, or use claimName"
+    )

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 10.0
 """Passes under way get so long to end before the process does."""
 AWAY_SECONDS = 15.0
-"""Longest wait between tries while the API server does not answer: soon after it is back, all jobs
-have been looked at."""
+"""Longest wait between tries while the API server does not answer, or refuses: soon after that is
+over, all jobs have been looked at."""
 SAY_SECONDS = 3.0
 """Events that wait get so long to be written before the process ends."""
 ROUNDS = 4
@@ -248,8 +248,11 @@ class Service:
         """Try again later. A bug that one job brings out must not stop the others."""
         metrics.reconcile_errors.labels(metrics.CONTROLLER).inc()
         at_least, at_most = 0.0, float("inf")
+        if isinstance(error, ClusterError):
+            # no watch tells when it is over, also when a right comes back
+            at_most = AWAY_SECONDS
         if isinstance(error, Unavailable):
-            at_least, at_most = error.retry_after or 0.0, AWAY_SECONDS
+            at_least = error.retry_after or 0.0
         wait = self._queue.retry(key, at_least=at_least, at_most=at_most)
         about = {"wait_seconds": round(wait, 1)}
         if isinstance(error, Conflict):

@@ -53,7 +53,7 @@ def begin(draft: Draft, job: OSFTJob) -> None:
         return
     draft.condition("Suspended", "False", "NotSuspended")
     resolved = resolve(job, draft.observed.settings)
-    name = job.metadata.name
+    name = names.attempt_name(job.metadata.name, attempts.free(draft, 1))
     if in_the_way(draft, job, resolved, name) or predecessors.are_left(draft, name):
         return
     draft.status["resolved"] = resolved.to_status()
@@ -132,6 +132,8 @@ def _create(draft: Draft, job: OSFTJob | None, name: str) -> None:
     if job is None:
         # the condition Accepted says why, and a changed spec or operator is news
         draft.waits_for(names.KIND, draft.observed.name)
+        return
+    if attempts.pass_by(draft):
         return
     resolved = Resolved.model_validate(draft.status["resolved"])
     if in_the_way(draft, job, resolved, name) or predecessors.are_left(draft, name):

@@ -115,14 +115,15 @@ def _accepted(draft: Draft) -> OSFTJob | None:
 
 
 def _recover_attempt(draft: Draft) -> None:
-    """A status that was lost is found again in the PyTorchJobs that are there."""
+    """A status that was lost, whole or in part, is found again in what is there."""
     own = draft.observed.own_jobs()
-    if "attempt" in draft.status or not own:
-        return
-    attempt = max(max(map(attempt_of, own)), 1)
-    draft.status["attempt"] = attempt
-    draft.status["pyTorchJobName"] = names.attempt_name(draft.observed.name, attempt)
-    draft.status.setdefault("startTime", draft.now_text)
+    if "attempt" not in draft.status and own:
+        draft.status["attempt"] = max(max(map(attempt_of, own)), 1)
+        draft.status.pop("pyTorchJobName", None)
+    if "attempt" in draft.status:
+        name = names.attempt_name(draft.observed.name, draft.status["attempt"])
+        draft.status.setdefault("pyTorchJobName", name)
+        draft.status.setdefault("startTime", draft.now_text)
 
 
 def refused(decision: Decision, body: Object, message: str, now: datetime.datetime) -> Decision:

@@ -20,8 +20,9 @@ Object = Mapping[str, Any]
 
 ATTEMPT_DIGITS = 4
 """More than any budget of restarts needs; a label of more is not ours."""
-EARLIEST = datetime.datetime.min.replace(tzinfo=datetime.UTC)
-LATEST = datetime.datetime.max.replace(tzinfo=datetime.UTC)
+EARLIEST = datetime.datetime(2, 1, 1, tzinfo=datetime.UTC)
+LATEST = datetime.datetime(9998, 1, 1, tzinfo=datetime.UTC)
+"""What is before or after counts as these: a year more or less can still be reckoned with."""
 
 _TIME = re.compile(r"(\d{4})-\d\d-\d\dT\d\d:\d\d:\d\d", re.ASCII | re.IGNORECASE)
 
@@ -192,7 +193,7 @@ def time_of(text: str) -> datetime.datetime:
     """An RFC 3339 time of the API, in UTC.
 
     The API server takes more than Python: the year 0, offsets of days. Such a time is the nearest
-    one that there is.
+    one that Python can reckon with.
 
     Raises:
         ValueError: the text is no time.
@@ -203,13 +204,12 @@ def time_of(text: str) -> datetime.datetime:
         match = _TIME.match(text)
         if match is None:
             raise
-        if int(match[1]) < datetime.MINYEAR:
+        if int(match[1]) < EARLIEST.year:
             return EARLIEST
         read = datetime.datetime.fromisoformat(match[0])
-    try:
-        return read.replace(tzinfo=read.tzinfo or datetime.UTC).astimezone(datetime.UTC)
-    except OverflowError:
-        return EARLIEST if read.year <= datetime.MINYEAR else LATEST
+    if not EARLIEST.year < read.year < LATEST.year:
+        return EARLIEST if read.year <= EARLIEST.year else LATEST
+    return read.replace(tzinfo=read.tzinfo or datetime.UTC).astimezone(datetime.UTC)
 
 
 def text_of(time: datetime.datetime) -> str:

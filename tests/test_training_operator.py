@@ -1,13 +1,20 @@
 """PyTorchJobs run for real: the stand-in training-operator makes pods, the kubelet runs them."""
 
+import asyncio
+import contextlib
+import datetime
 from collections.abc import Callable
 
 import pytest
 
+import job_samples
 from cluster.api import ApiError, wait_for
 from cluster.fixtures import Cluster
 from cluster.jobs import JOBS, conditions, pytorchjob
 from osft_operator import process_tree
+from osft_operator.cluster import Cluster as OwnCluster
+from osft_operator.kinds import OSFTJOBS
+from reconcile_scene import Scene
 
 pytestmark = pytest.mark.cluster
 
@@ -145,6 +152,86 @@ def test_a_refused_pod_is_told_once(cluster, namespace, submit) -> None:
     with pytest.raises(TimeoutError):
         wait_for("second event", lambda: len(told()) > 1, timeout_seconds=2)
     assert "volumeMounts[0].name" in told()[0]
+
+
+def test_an_evicted_pod_is_deleted_at_once_and_made_again(cluster, namespace, submit) -> None:
+    read = submit(pytorchjob("lost", ["sleep", "600"]))
+    wait_for_condition(read, "Running")
+    api, path = cluster.plane.api, f"/api/v1/namespaces/{namespace}/pods/lost-master-0"
+    first = pods_of(cluster, namespace)["lost-master-0"]["metadata"]["uid"]
+    status = {"phase": "Failed", "reason": "Evicted", "message": "low on memory"}
+    api.patch(f"{path}/status", {"status": status})
+
+    def made_again() -> bool:
+        pod = pods_of(cluster, namespace).get("lost-master-0")
+        return pod is not None and pod["metadata"]["uid"] != first
+
+    wait_for("another pod", made_again, timeout_seconds=10)
+    said = {each["reason"]: each for each in events_of(cluster, namespace)}
+    assert said["PyTorchJobRestarting"]["type"] == "Warning"
+
+
+def events_of(cluster: Cluster, namespace: str) -> list[dict]:
+    items: list[dict] = cluster.plane.api.get(f"/api/v1/namespaces/{namespace}/events")["items"]
+    return items
+
+
+def only_one_pod(cluster: Cluster, namespace: str) -> None:
+    """A quota, with what its controller would write: there is none here."""
+    path = f"/api/v1/namespaces/{namespace}/resourcequotas"
+    metadata, hard = {"name": "one-pod", "namespace": namespace}, {"pods": "1"}
+    body = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata}
+    body |= {"spec": {"hard": hard}}
+    with contextlib.suppress(ApiError):
+        cluster.plane.api.post(path, body)
+    change = {"status": {"hard": hard, "used": {"pods": "0"}}}
+    cluster.plane.api.patch(f"{path}/one-pod/status", change)
+
+
+def test_one_refused_pod_of_two_is_explained_by_the_operator(
+    cluster, namespace, monkeypatch
+) -> None:
+    """Also after a resume, when each try that fails says in the same second that it resumes."""
+    monkeypatch.setenv("KUBECONFIG", str(cluster.plane.kubeconfig))
+    body = job_samples.job({"spec.nnodes": 2, "spec.schedulerName": "nobody"}, name="run")
+
+    async def story(connection: OwnCluster) -> None:
+        await connection.create(OSFTJOBS, namespace, body)
+        scene = Scene(connection, namespace)
+        await scene.settle()
+        await _suspend(scene, True)
+        await asyncio.to_thread(wait_for, "a suspension", lambda: told("PyTorchJobSuspended"))
+        await asyncio.to_thread(wait_for, "no pods", lambda: not pods_of(cluster, namespace))
+        await asyncio.to_thread(only_one_pod, cluster, namespace)
+        await _suspend(scene, False)
+        await asyncio.to_thread(wait_for, "tries", lambda: told("PyTorchJobResumed") > 2)
+        await scene.settle()
+        before = await scene.condition("Running")
+        assert before["reason"] == "PodsStarting"
+        later = datetime.timedelta(seconds=61)
+        scene.reconciler._now = lambda: datetime.datetime.now(datetime.UTC) + later
+        await scene.settle()
+        running = await scene.condition("Running")
+        assert running["reason"] == "PodsNotCreated"
+        assert running["message"].startswith(
+            "1 of 2 pods are made: FailedCreatePod: Error creating"
+        )
+        assert "exceeded quota: one-pod, requested: pods=1" in running["message"]
+        assert "have the ResourceQuota raised" in running["message"]
+
+    async def _suspend(scene: Scene, value: bool) -> None:
+        await scene.cluster.patch(OSFTJOBS, namespace, "run", {"spec": {"suspend": value}})
+        await scene.settle()
+
+    def told(reason: str) -> int:
+        found = events_of(cluster, namespace)
+        return sum(each["count"] for each in found if each["reason"] == reason)
+
+    connection = OwnCluster.connect()
+    try:
+        asyncio.run(story(connection))
+    finally:
+        connection.close()
 
 
 def test_clean_pod_policy_running_ends_the_worker_that_is_left(cluster, namespace, submit) -> None:

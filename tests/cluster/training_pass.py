@@ -6,12 +6,13 @@ Called by training_operator for every change. Literal to the real controller, we
 from __future__ import annotations
 
 import copy
+import random
 import time
-import zlib
 from datetime import datetime
 
 from cluster import training_status
 from cluster.api import Api, ApiError
+from cluster.training_events import Recorder
 from osft_operator import local_pods
 from osft_operator.local_container import timestamp
 from osft_operator.local_pods import JOB_NAME_LABEL, REPLICA_INDEX_LABEL, REPLICA_TYPE_LABEL, Object
@@ -20,8 +21,8 @@ from osft_operator.local_pods import JOB_NAME_LABEL, REPLICA_INDEX_LABEL, REPLIC
 class Pass:
     """One reconciliation of one job."""
 
-    def __init__(self, api: Api, job: Object, pods: list[Object]) -> None:
-        self.api, self.job, self.pods = api, job, pods
+    def __init__(self, api: Api, events: Recorder, job: Object, pods: list[Object]) -> None:
+        self.api, self._events, self.job, self.pods = api, events, job, pods
         self.spec = job["spec"]
         self.policy: Object = self.spec.get("runPolicy") or {}
         self.status = copy.deepcopy(job.get("status") or {})
@@ -77,14 +78,18 @@ class Pass:
         for counts in (self.status.get("replicaStatuses") or {}).values():
             counts["active"] = 0
         message = f"PyTorchJob {self.name} is suspended."
+        self._event("PyTorchJobSuspended", message)
         training_status.set_condition(self.status, "Suspended", message, self.now)
 
     def _resume(self) -> None:
         if training_status.is_true(self.status, "Suspended"):
+            message = f"PyTorchJob {self.name} is resumed."
+            # said again with every pass that fails, since such a pass writes no status
+            self._event("PyTorchJobResumed", message)
             training_status.set_condition(
                 self.status,
                 "Suspended",
-                f"PyTorchJob {self.name} is resumed.",
+                message,
                 self.now,
                 value=False,
                 reason="PyTorchJobResumed",
@@ -121,7 +126,11 @@ class Pass:
         here = {pod["metadata"]["name"]: pod for pod in self.pods}
         statuses = self.status.setdefault("replicaStatuses", {})
         permanent = False
-        for kind in self.spec["pytorchReplicaSpecs"]:
+        for pod in self.pods:
+            self._tell_abnormal(pod)
+        # the original goes through a map
+        kinds = random.sample(kinds := list(self.spec["pytorchReplicaSpecs"]), len(kinds))
+        for kind in kinds:
             mine = [pod for pod in self.pods if _replica_type(pod) == kind]
             statuses[kind] = training_status.count(mine)
             statuses[kind]["selector"] = (
@@ -141,20 +150,39 @@ class Pass:
 
     def _judge_pod(self, pod: Object, kind: str) -> bool:
         """Delete a failed pod that may be tried again; True when the job failed for good."""
-        policy = self._restart_policy(kind)
+        policy, code = self._restart_policy(kind), training_status.exit_code(pod)
+        if code != training_status.NO_EXIT_CODE:
+            where = f"{self.namespace}.{pod['metadata']['name']}"
+            self._event("ExitedWithCode", f"Pod: {where} exited with code {code}")
         if pod.get("status", {}).get("phase") != "Failed" or policy == "Never":
             return False
-        code = training_status.exit_code(pod)
         if policy == "ExitCode" and code <= 127:
             message = f'job "{self.name}" is failing because "{kind}" replica(s) failed.'
+            self._event("PyTorchJobFailed", message, "Warning")
             # no completionTime on this path: as in the original
             training_status.set_condition(self.status, "Failed", message, self.now)
             return True
-        if policy == "ExitCode":
-            where = f"{self.namespace}.{pod['metadata']['name']}"
-            self._event("ExitedWithCode", f"Pod: {where} exited with code {code}")
+        message = f"job {self.name} is restarting because {kind} replica(s) failed."
+        self._event("PyTorchJobRestarting", message, "Warning")
         self._delete_pod(pod)
         return False
+
+    def _tell_abnormal(self, pod: Object) -> None:
+        """Warn of what the containers of a pod that has not ended wait for, or ended with."""
+        status = pod.get("status") or {}
+        if status.get("phase") in ("Succeeded", "Failed") or "deletionTimestamp" in pod["metadata"]:
+            return
+        statuses = status.get("containerStatuses") or status.get("initContainerStatuses") or []
+        for each in statuses:
+            where = f"Error pod {pod['metadata']['name']} container {each['name']}"
+            ended = (each.get("state") or {}).get("terminated") or {}
+            waiting = (each.get("state") or {}).get("waiting") or {}
+            if ended.get("exitCode"):
+                words = f"exitCode: {ended['exitCode']} terminated message: {ended.get('message')}"
+                self._event(ended["reason"], f"{where} {words}", "Warning")
+            if waiting.get("message"):
+                words = f"waiting message: {waiting['message']}"
+                self._event(waiting["reason"], f"{where} {words}", "Warning")
 
     def _delete_surplus(self, pods: list[Object], kind: str) -> None:
         replicas = self.spec["pytorchReplicaSpecs"][kind].get("replicas", 1)
@@ -190,25 +218,7 @@ class Pass:
         self.api.attempt("DELETE", f"/api/v1/namespaces/{self.namespace}/{plural}/{name}")
 
     def _event(self, reason: str, message: str, kind: str = "Normal") -> None:
-        metadata = self.job["metadata"]
-        # one event of a text: a refused pod is tried twice a second
-        name = f"{self.name}.{zlib.crc32((metadata['uid'] + message).encode()):08x}"
-        involved = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob"}
-        involved |= {key: metadata[key] for key in ("name", "namespace", "uid")}
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": name, "namespace": self.namespace},
-            "involvedObject": involved,
-            "reason": reason,
-            "message": message,
-            "type": kind,
-            "count": 1,
-            "firstTimestamp": timestamp(self.now),
-            "lastTimestamp": timestamp(self.now),
-            "source": {"component": "pytorchjob-controller"},
-        }
-        self._create("events", body)
+        self._events.say(self.job, reason, message, kind)
 
     def _write_status(self) -> None:
         if self.status == (self.job.get("status") or {}):

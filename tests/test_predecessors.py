@@ -8,10 +8,18 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
+from job_samples import job
+from osft_operator import run_folder
+from osft_operator.cache import Cache, trimmed
+from osft_operator.kinds import PODS
+from osft_operator.local_pods import pods
 from osft_operator.names import QUEUE_LABEL
 from osft_operator.observed import text_of
 from osft_operator.remote_view import view
-from world import START, World, running, told
+from osft_operator.render import pytorch_job, resolve
+from osft_operator.run_folder import RunFolder
+from osft_operator.spec import OSFTJob
+from world import SETTINGS, START, World, running, told
 
 
 def lingering(changes: dict[str, object] | None = None, **metadata: object) -> World:
@@ -211,3 +219,67 @@ def test_the_training_can_still_be_edited_while_an_earlier_run_ends() -> None:
     assert world.status["phase"] == "Pending"
     assert "startTime" not in world.status
     assert world.now - START < datetime.timedelta(hours=1)
+
+
+def test_another_jobs_pods_in_the_same_folder_are_waited_for() -> None:
+    world = World()
+    world.neighbours = [
+        {
+            "metadata": {"name": "other-master-0", "labels": {"osft.dev/job": "other"}},
+            "status": {"phase": "Running"},
+        }
+    ]
+    for attempt, phase in ((1, "Pending"), (2, "Restarting")):
+        decision = world.settle()
+        assert not world.jobs
+        assert (world.status["phase"], world.status["reason"]) == (phase, "FolderInUse")
+        assert "pod other-master-0 of OSFTJob other" in world.condition("Running")["message"]
+        assert decision.requeue_after == 30
+        other = world.neighbours[0]
+        other["metadata"]["deletionTimestamp"] = text_of(world.now)
+        world.settle()
+        assert world.status["reason"] == "PodsStopping", "it may still save"
+        world.neighbours = []
+        world.settle()
+        assert world.status["attempt"] == attempt
+        world.run_pods("sample" if attempt == 1 else "sample-a2")
+        world.settle()
+        del other["metadata"]["deletionTimestamp"]
+        if attempt == 1:
+            world.tell("sample", "Failed")
+            world.neighbours = [other]
+
+
+CHECKPOINTS = {"claimName": "shared", "mountPath": "/out", "subPath": "team"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "folder"),
+    [
+        ({}, ("sample-checkpoints", "sample")),
+        ({"spec.storage.checkpoints": CHECKPOINTS}, ("shared", "team/sample")),
+        (
+            {
+                "spec.storage.checkpoints": CHECKPOINTS,
+                "spec.training.ckptOutputDir": "/out/a/./b$(c)",
+            },
+            ("shared", "team/a/b$(c)"),
+        ),
+    ],
+)
+def test_a_jobs_folder_is_that_of_its_pods(
+    changes: dict[str, object], folder: tuple[str, str]
+) -> None:
+    body = job({"spec.training.ckptOutputDir": None, **changes}, uid="uid-1", namespace="ns")
+    whole = OSFTJob.model_validate(body)
+    (pod,) = pods(pytorch_job(whole, resolve(whole, SETTINGS)))
+    pod["metadata"] |= {"uid": "p", "resourceVersion": "1"}
+    assert run_folder.of_job(body) == run_folder.of_pod(pod) == folder
+    cache = Cache()
+    cache.put(PODS, trimmed(PODS, pod))  # the watches hand on what is trimmed already
+    (found,) = cache.writers("ns", run_folder.of_job(body))
+    assert found["metadata"]["name"] == "sample-master-0"
+    assert cache.writers("ns", RunFolder("shared", "elsewhere")) == []
+    cache.put(PODS, {**found, "metadata": {**found["metadata"], "resourceVersion": "2"}})
+    cache.remove(PODS, pod)
+    assert cache.writers("ns", run_folder.of_job(body)) == []

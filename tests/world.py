@@ -36,6 +36,7 @@ class World:
         self.now = START
         self.jobs: dict[str, Object] = {}
         self.pods: list[Object] = []
+        self.neighbours: list[Object] = []
         self.claim: Object | None = None
         self.kind_present = True
         self.progress: Progress | None = None
@@ -60,6 +61,7 @@ class World:
             settings=self.settings,
             pytorch_jobs=tuple(copy.deepcopy(list(self.jobs.values()))),
             pods=tuple(copy.deepcopy(self.pods)),
+            neighbours=tuple(self.neighbours),
             claim=copy.deepcopy(self.claim),
             progress=self.progress,
             progress_since=self.since if self.progress else None,
@@ -73,6 +75,7 @@ class World:
     def step(self, *, act: bool = True, record: bool = True) -> Decision:
         """One pass; a crash is a pass that acts and does not record, or does neither."""
         decision = decide(self.observed(), self.now)
+        explains_its_wait(decision, self.now)
         if act:
             for action in decision.actions:
                 self._do(action)
@@ -200,6 +203,19 @@ class World:
             case DeleteOSFTJob(uid):
                 assert uid == "uid-1"
                 self.gone = True
+
+
+def explains_its_wait(decision: Decision, now: datetime.datetime) -> None:
+    """Whatever a job waits for: a reason, the object, and since when."""
+    status = decision.status
+    if status.get("phase") in (None, "Running", "Succeeded", "Failed"):
+        return
+    assert status["reason"], status
+    waits = status.get("waitingFor")
+    assert waits, f"{status['phase']} {status['reason']} waits for nothing"
+    assert waits["kind"]
+    assert waits["name"]
+    assert waits["since"] <= text_of(now)
 
 
 def running(changes: dict[str, object] | None = None, count: int = 1, **metadata: object) -> World:

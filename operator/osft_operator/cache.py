@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Set
 from typing import Any
 
+from osft_operator import run_folder
 from osft_operator.bounds import CUT_LEVELS, Excess, too_long_template
 from osft_operator.isolation import set_aside
 from osft_operator.kinds import (
@@ -25,6 +26,7 @@ from osft_operator.kinds import (
 )
 from osft_operator.names import JOB_LABEL
 from osft_operator.queue import Key
+from osft_operator.run_folder import RunFolder
 
 WATCHED = (OSFTJOBS, PYTORCHJOBS, PODS, CLAIMS)
 """The kinds that are watched and listed."""
@@ -32,8 +34,10 @@ REMEMBERED_UIDS = 20000
 """Deleted objects that are remembered, so that a late answer does not bring them back."""
 REPLICA_SPECS = "pytorchReplicaSpecs"
 """Here only the numbers are read, never the pods' templates."""
+RUN_FOLDER = "runFolder"
+"""Claim and path that a training pod writes to, in the place of the fields that say so."""
 SPEC_FIELDS = {
-    PODS: ("nodeName", "hostNetwork"),
+    PODS: ("nodeName", "hostNetwork", RUN_FOLDER),
     PYTORCHJOBS: ("runPolicy", REPLICA_SPECS),
 }
 """All that is kept of these specs: they are by far the largest part, and nothing reads the rest."""
@@ -65,6 +69,7 @@ class Cache:
     def __init__(self) -> None:
         self._objects: dict[Kind, dict[tuple[str, str], Object]] = {kind: {} for kind in WATCHED}
         self._children: dict[Kind, dict[Key, set[str]]] = {kind: {} for kind in WATCHED}
+        self._writers: dict[tuple[str, RunFolder], set[str]] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
 
     def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
@@ -95,9 +100,12 @@ class Cache:
         known = self._objects[kind].get(name)
         if metadata["uid"] in self._gone or (known and not _newer(body, known)):
             return None
-        if known and job_of(kind, known) != job_of(kind, body):
+        kept = trimmed(kind, body)
+        if known and _belongs(kind, known) != _belongs(kind, kept):
             self._unlink(kind, known)
-        self._objects[kind][name] = trimmed(kind, body)
+        self._objects[kind][name] = kept
+        if (folder := _folder_of(kind, kept)) is not None:
+            self._writers.setdefault((metadata["namespace"], folder), set()).add(metadata["name"])
         key = job_of(kind, body)
         if key is not None:
             self._children[kind].setdefault(key, set()).add(metadata["name"])
@@ -142,7 +150,17 @@ class Cache:
                 changed.add(self.remove(kind, body))
         return {key for key in changed if key is not None}
 
+    def writers(self, namespace: str, folder: RunFolder) -> list[Object]:
+        """The training pods, of whatever OSFTJob, that write to a folder; by name."""
+        found = sorted(self._writers.get((namespace, folder), ()))
+        return [self._objects[PODS][namespace, name] for name in found]
+
     def _unlink(self, kind: Kind, body: Object) -> None:
+        if (folder := _folder_of(kind, body)) is not None:
+            place = (body["metadata"]["namespace"], folder)
+            self._writers[place].discard(body["metadata"]["name"])
+            if not self._writers[place]:
+                del self._writers[place]
         key = job_of(kind, body)
         if key is None:
             return
@@ -150,6 +168,15 @@ class Cache:
         names.discard(body["metadata"]["name"])
         if not names:
             del self._children[kind][key]
+
+
+def _belongs(kind: Kind, kept: Object) -> tuple[Key | None, RunFolder | None]:
+    return job_of(kind, kept), _folder_of(kind, kept)
+
+
+def _folder_of(kind: Kind, kept: Object) -> RunFolder | None:
+    found = kept.get("spec", {}).get(RUN_FOLDER) if kind is PODS else None
+    return RunFolder(*found) if found else None
 
 
 def job_of(kind: Kind, body: Object) -> Key | None:
@@ -191,6 +218,8 @@ def _trimmed(kind: Kind, body: Object) -> Object:
     if kind in SPEC_FIELDS:
         spec = body.get("spec") or {}
         kept["spec"] = {name: spec[name] for name in SPEC_FIELDS[kind] if name in spec}
+        if kind is PODS and (folder := run_folder.of_pod(body)) is not None:
+            kept["spec"][RUN_FOLDER] = list(folder)
         if REPLICA_SPECS in kept["spec"]:
             kept["spec"][REPLICA_SPECS] = {
                 each: {"replicas": replica.get("replicas", 1)}

@@ -51,6 +51,8 @@ class Observed:
     """Those with its label or with a name it would give, whoever owns them."""
     pods: Sequence[Object] = ()
     """Pods with its label."""
+    neighbours: Sequence[Object] = ()
+    """Pods of other OSFTJobs that write to its folder, when an attempt is due."""
     claim: Object | None = None
     """The claim for checkpoints: its own or the user's."""
     progress: Progress | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 
-from osft_operator import evidence, missing_pods
+from osft_operator import evidence, missing_pods, run_folder
 from osft_operator.cache import Cache, job_of
 from osft_operator.cluster import Cluster, KindMissing, NotFound
 from osft_operator.definition import Definition
@@ -75,6 +75,7 @@ class Observer:
             settings=self._render,
             pytorch_jobs=tuple(pytorch_jobs),
             pods=tuple(pods),
+            neighbours=tuple(self._neighbours(key, job, pytorch_jobs)),
             claim=claim,
             progress=heard.progress,
             progress_pod=heard.pod,
@@ -86,6 +87,17 @@ class Observer:
             sidecar_grace_seconds=self._sidecar_grace_seconds,
             workload=await self._workloads.of(job, pytorch_jobs),
         )
+
+    def _neighbours(self, key: Key, job: Object, pytorch_jobs: Sequence[Object]) -> list[Object]:
+        """Who writes to the folder of a job whose next attempt is not there yet."""
+        name = (job.get("status") or {}).get("pyTorchJobName")
+        is_there = any(body["metadata"]["name"] == name for body in pytorch_jobs)
+        if is_there or _is_over(job):
+            return []
+        found = self._cache.writers(key.namespace, run_folder.of_job(job))
+        return [
+            pod for pod in found if (pod["metadata"].get("labels") or {}).get(JOB_LABEL) != key.name
+        ]
 
     async def _refusal(
         self,

@@ -30,9 +30,11 @@ from osft_operator.waiting import lost_words
 
 SHORT_SECONDS = 10.0
 """Until the next look at something that goes away by itself."""
+LONG_SECONDS = 30.0
+"""Until the next look at another job's pods."""
 OVERDUE_SECONDS = 60.0
 """A pod that is there so long after the end of its grace period does not end by itself."""
-FOR_ITS_AUTHOR = frozenset({"PodsNotEnding"})
+FOR_ITS_AUTHOR = frozenset({"PodsNotEnding", "FolderInUse"})
 """Reasons that whoever made the job must see to."""
 
 
@@ -44,9 +46,13 @@ def are_left(draft: Draft, name: str) -> bool:
         name: of the attempt's PyTorchJob, which is not there.
     """
     jobs, pods = _jobs(draft.observed, name), _pods(draft.observed)
+    others = list(filter(may_write, draft.observed.neighbours))
+    pods += filter(is_deleting, others)
     if jobs or pods:
         explain(draft, jobs, pods)
-    return bool(jobs or pods)
+    elif others:
+        _explain_use(draft, others[0])
+    return bool(jobs or pods or others)
 
 
 def explain(draft: Draft, jobs: Sequence[Object], pods: Sequence[Object]) -> None:
@@ -132,6 +138,18 @@ def _explain_job(draft: Draft, job: Object) -> None:
             f"PyTorchJob {name} of an earlier run is there since {since}; the cluster deletes it"
         )
     draft.condition("Running", "False", "Waiting", words)
+
+
+def _explain_use(draft: Draft, pod: Object) -> None:
+    name = pod["metadata"]["name"]
+    other = (pod["metadata"].get("labels") or {}).get(names.JOB_LABEL)
+    draft.waits_for("Pod", name)
+    words = (
+        f"pod {name} of OSFTJob {other} writes to this job's folder (spec.training.ckptOutputDir), "
+        "on the same claim: wait until it has ended, or give this job a folder of its own"
+    )
+    draft.condition("Running", "False", "FolderInUse", words)
+    draft.look_again(LONG_SECONDS)
 
 
 def _told_to_end(pod: Object) -> str | None:

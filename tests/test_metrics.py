@@ -145,7 +145,7 @@ def test_liveness_fails_when_work_stops_though_the_loop_runs() -> None:
     assert health.problems() == []
     clock.now += 1201
     health.beat(0, 0)
-    assert health.problems() == ["the last resync ended 1201 s ago"]
+    assert health.problems() == ["the last list ended 1201 s ago"]
     health.resynced(False)
     assert health.problems() == []
 

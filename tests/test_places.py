@@ -66,6 +66,7 @@ class Scene:
         self.unwatchable: dict[Place, ClusterError] = {}
         self.changed: dict[Place, list[Change]] = {}
         self.lists = 0
+        self.list_seconds = 0.01
         looks = looks_for(len(namespaces), self.settings.watch_check_seconds)
         self.threads = asyncio.Semaphore(looks)
         self.news: list[Key] = []
@@ -76,12 +77,13 @@ class Scene:
             Cache(),
             news=self.news.append,
             resynced=self.health.resynced,
+            listed=self.health.listed,
             clock=clock,
         )
 
     async def pages(self, kind: Kind, namespace: str | None, **_: object) -> AsyncIterator[Listing]:
         self.lists += 1
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(self.list_seconds)
         if error := self.errors.get((kind, namespace)):
             raise error
         yield Listing([job(namespace or "n")] if kind is OSFTJOBS else [], "10")
@@ -293,6 +295,15 @@ def test_liveness_does_not_depend_on_the_number_of_namespaces(late_seconds: floa
             loop.call_later(start + 40 + late_seconds, scene.informer._seen, *seen)
         assert await scene.work(600) == []
         assert scene.changed == {}, "it was looked for"
+
+    play(story, *MANY)
+
+
+def test_lists_that_take_long_together_are_no_standstill() -> None:
+    async def story(scene: Scene) -> None:
+        await scene.informer.sync()
+        scene.list_seconds = 15.0
+        assert await scene.work(2500) == []
 
     play(story, *MANY)
 

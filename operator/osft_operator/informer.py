@@ -56,6 +56,7 @@ class Informer:
         news: Callable[[Key], None],
         old: Callable[[Key], None] | None = None,
         resynced: Callable[[bool], None],
+        listed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare it.
@@ -67,6 +68,7 @@ class Informer:
             news: called with each OSFTJob to look at.
             old: the same for those without hurry.
             resynced: called when everything was listed, with whether all that is served was read.
+            listed: called with each list that was read to its end.
             clock: seconds.
         """
         self._settings = settings
@@ -74,6 +76,7 @@ class Informer:
         self._news = news
         self._old = old or news
         self._resynced = resynced
+        self._told_of_list = listed
         self._clock = clock
         self.places = Places(settings.namespaces)
         """What is served of where it should look."""
@@ -226,6 +229,7 @@ class Informer:
         """A list was read to its end."""
         self._freshness.listed(place, version)
         self._unused.add(place)
+        self._told_of_list()
 
     async def _begin(self, kind: Kind, namespace: str | None) -> str:
         """From which version a watch goes on: that of the last list, or of one made now.

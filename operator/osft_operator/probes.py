@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 """How often the event loop shows that it runs."""
 RESYNCS_MISSED = 4
-"""So many resync intervals without a finished resync mean that work has stopped."""
+"""So many resync intervals in which no list ends mean that work has stopped."""
 
 
 class Health:
@@ -35,7 +35,7 @@ class Health:
         self._beat = clock()
         self._stalled = 0.0
         self._behind = 0.0
-        self._resync: float | None = None
+        self._listed: float | None = None
         self.ready = False
         """Whether this replica can do its part: a standby at once, a worker once it has synced."""
         self.remarks: Callable[[], Sequence[str]] = tuple
@@ -58,9 +58,13 @@ class Health:
         Args:
             is_whole: whether all that is served was read.
         """
-        self._resync = self._clock()
+        self.listed()
         if is_whole:
             metrics.resync_timestamp.set_to_current_time()
+
+    def listed(self) -> None:
+        """A list was read: however many there are, they go on."""
+        self._listed = self._clock()
 
     def problems(self) -> list[str]:
         """Why this process should be restarted; empty when it should not."""
@@ -73,8 +77,8 @@ class Health:
         if self._behind > self._settings.watch_stall_seconds:
             found.append(f"the watches have been behind the API server for {self._behind:.0f} s")
         longest = RESYNCS_MISSED * self._settings.resync_seconds
-        if self._resync is not None and now - self._resync > longest:
-            found.append(f"the last resync ended {now - self._resync:.0f} s ago")
+        if self._listed is not None and now - self._listed > longest:
+            found.append(f"the last list ended {now - self._listed:.0f} s ago")
         return found
 
     async def keep_beating(

@@ -65,6 +65,7 @@ class Service:
             news=self._queue.add,
             old=self._queue.add_unhurried,
             resynced=self._health.resynced,
+            listed=self._health.listed,
         )
         self._health.remarks = lambda: self._informer.places.remarks
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import subprocess
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ def test_a_method_trains_saves_and_exports(name: str, base: Path, tmp_path: Path
     assert losses[-1] < losses[0]
     held = method.static_bytes()
     trained = sum(p.numel() for p in method.trainables.values())
-    assert held["optimizer"] == 8 * trained
+    seconds = sum(
+        prod(method.shared[name].shape(p.shape)) if name in method.shared else p.numel()
+        for name, p in method.trainables.items()
+    )
+    assert held["optimizer"] == 4 * (trained + seconds)
     assert held["parameters"] >= 4 * trained
-    assert method.save(tmp_path / "state") > 12 * trained
+    assert method.save(tmp_path / "state") > 8 * trained + 4 * seconds
     method.export(tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     started = AutoModelForCausalLM.from_pretrained(base)

@@ -151,7 +151,7 @@ def test_a_state_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:
     meta = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**meta, "format": checkpoint.FORMAT + 1}))
     with pytest.raises(
-        ValueError, match=r"step-00000002 is of format 2, and this .* reads format 1"
+        ValueError, match=r"step-00000002 is of format 3, and this .* reads formats 1 and 2"
     ):
         states.load(new_state(3))
     assert path.is_dir()

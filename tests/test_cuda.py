@@ -77,11 +77,13 @@ def build(
 def train(model: OSFTModel, world: World) -> tuple[list[float], dict[str, Tensor]]:
     """A few real steps; losses, and the gradients of the first step."""
     told = tiny.training(Path("m"), Path("d"), Path("o"))
-    optimizer = build_optimizer(model.trainables(), told, model.plan.trained_others)
+    optimizer = build_optimizer(
+        model.trainables(), told, model.plan.trained_others, model.shared_moments()
+    )
     batch = {name: value.to(world.device) for name, value in packed_batch(LENGTHS).items()}
     losses: list[float] = []
     first: dict[str, Tensor] = {}
-    for _ in range(STEPS):
+    for step in range(STEPS):
         loss = model(**batch) / sum(LENGTHS)
         loss.backward()
         model.project_gradients()
@@ -91,7 +93,7 @@ def train(model: OSFTModel, world: World) -> tuple[list[float], dict[str, Tensor
         }
         clip_gradients(model.trainables().values(), 1.0, world)
         optimizer.step()
-        model.finish_step()
+        model.finish_step(step + 1)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
     return losses, first

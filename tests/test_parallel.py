@@ -18,6 +18,7 @@ import tiny
 from osft_trainer.export import export_hf
 from osft_trainer.forward import loss_tokens
 from osft_trainer.model import convert
+from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import (
     World,
     clip_gradients,
@@ -60,7 +61,8 @@ def _train(
     osft = convert(model, plan_targets(model, 0.3, parameterization, other_parameters=other))
     shard(osft, world)
     trainables = osft.trainables()
-    optimizer = torch.optim.AdamW(trainables.values(), lr=5e-3, weight_decay=0.1)
+    told = tiny.training(folder, folder, folder, learning_rate=5e-3, beta2=0.999)
+    optimizer = build_optimizer(trainables, told, shared=osft.shared_moments())
     losses, norms = [], []
     for step in range(STEPS):
         batches = [packed_batch([5, 6, 4], seed=100 * step + i) for i in range(3)]
@@ -76,7 +78,7 @@ def _train(
         osft.project_gradients()
         norms.append(clip_gradients(trainables.values(), 0.5, world))
         optimizer.step()
-        osft.finish_step()
+        osft.finish_step(step + 1)
         optimizer.zero_grad(set_to_none=True)
         losses.append(sum_over_ranks(total, world))
     sharded = all(isinstance(p, DTensor) for p in osft.parameters())

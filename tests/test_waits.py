@@ -23,7 +23,7 @@ from osft_trainer import attention
 from osft_trainer.blocks import enable_activation_checkpointing
 from osft_trainer.loop import backward
 from osft_trainer.memory import converted
-from osft_trainer.model import OSFTModel, convert
+from osft_trainer.model import ROUNDING_STEPS, OSFTModel, convert
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.packing import GlobalBatch, collate
 from osft_trainer.parallel import World
@@ -45,12 +45,15 @@ def batch_of_two_passes() -> GlobalBatch:
 def step(model: OSFTModel, device: torch.device) -> Tensor:
     """All of a step of `loop` but the norm and what becomes of it; the sum of losses."""
     told = tiny.training(Path("m"), Path("d"), Path("o"))
-    optimizer = build_optimizer(model.trainables(), told, model.plan.trained_others)
+    optimizer = build_optimizer(
+        model.trainables(), told, model.plan.trained_others, model.shared_moments()
+    )
     loss_sum = backward(model, batch_of_two_passes(), World(0, 0, 1, device))
     model.project_gradients()
     if device != META:  # AdamW has no way there
         optimizer.step()
-    model.finish_step()
+    model.finish_step(1)
+    model.finish_step(ROUNDING_STEPS)
     optimizer.zero_grad(set_to_none=True)
     return loss_sum
 

@@ -26,6 +26,7 @@ from osft_trainer.export import export_hf
 from osft_trainer.forward import packed_loss
 from osft_trainer.liger import apply_liger
 from osft_trainer.model import Decompose, OSFTModel, convert, load_model
+from osft_trainer.moments import SharedMoment
 from osft_trainer.optimizer import build_optimizer
 from osft_trainer.parallel import World, clip_gradients
 from osft_trainer.report import RunFolder
@@ -72,7 +73,12 @@ class Method:
     export: Callable[[Path], object]
     """Write a dense Hugging Face folder; the model may be unusable afterwards."""
     before_clip: Callable[[], object] = lambda: None
-    after_step: Callable[[], object] = lambda: None
+    after_step: Callable[[int], object] = lambda step: None
+    """Is given how many steps were done."""
+    shared: Mapping[str, SharedMoment] = field(default_factory=dict)
+    """Factors whose second moment is shared, by name."""
+    steps: int = 0
+    """Optimizer steps that were done."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Start-up by part."""
 
@@ -80,7 +86,7 @@ class Method:
         # The peer's rate. At that of the tiny runs a large model ends in numbers that are none, and
         # products of those take less power, so less time.
         told = tiny.training(Path("m"), Path("d"), Path("o"), learning_rate=1e-5)
-        self.optimizer = build_optimizer(self.trainables, told)
+        self.optimizer = build_optimizer(self.trainables, told, shared=self.shared)
 
     def step(self, tokens: Tensor) -> float:
         """One optimizer step on [1, T]; the loss. Waits for the device at its end."""
@@ -90,7 +96,8 @@ class Method:
         self.before_clip()
         clip_gradients(self.trainables.values(), 1.0, self.setting.world)
         self.optimizer.step()
-        self.after_step()
+        self.steps += 1
+        self.after_step(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
@@ -224,7 +231,8 @@ def _of_ours(setting: Setting, model: OSFTModel, seconds: dict[str, float]) -> M
         lambda folder: export_hf(model, setting.base, folder, setting.world, digest="bench"),
         model.project_gradients,
         model.finish_step,
-        seconds,
+        model.shared_moments(),
+        seconds=seconds,
     )
 
 

@@ -140,6 +140,7 @@ def measure_all(folder: Path, scope: Scope, processes: int) -> dict[str, Any]:
             "torch": torch.__version__,
         },
         "platform": platform.platform(),
+        "shared_moments": True,
         "steps": scope.steps,
         "best": {method: asdict(job) for method, job in best.items()},
         "screen": [asdict(outcome) for outcome in screen],

@@ -6,8 +6,8 @@ the text that a method reads handed in as tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from retention_report import LORA_RANKS
@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from osft_trainer.activations import Row, input_groups, least_used, second_moments
 from osft_trainer.importance import block_importance
-from osft_trainer.linear import SubspaceWeight
 from osft_trainer.model import Decompose, convert
-from osft_trainer.projection import project_gradients
+from osft_trainer.moments import SharedMoment
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, plan_targets
 
@@ -32,6 +31,8 @@ class Trained:
     hf: nn.Module
     """Gives logits for input_ids."""
     parameters: list[nn.Parameter]
+    shared: Mapping[nn.Parameter, SharedMoment] = field(default_factory=dict)
+    """Of which the second moment is shared."""
     before_clipping: Callable[[], None] = lambda: None
     after_step: Callable[[], None] = lambda: None
 
@@ -72,10 +73,13 @@ def by_weights(parameterization: str) -> Callable[[PreTrainedModel, float, list[
 
 
 def gradients_too(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Trained:
-    """Our OSFT, split by the weights; gradients are projected as well as values."""
-    made = by_weights("exact")(hf, ratio, text)
-    subspaces = [module for module in hf.modules() if isinstance(module, SubspaceWeight)]
-    return replace(made, before_clipping=lambda: project_gradients(subspaces))
+    """Our OSFT with AdamW's own step, after which the values are projected as well."""
+    return replace(by_weights("exact")(hf, ratio, text), shared={})
+
+
+def values_only(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Trained:
+    """The same with whole gradients: values alone are projected."""
+    return replace(gradients_too(hf, ratio, text), before_clipping=lambda: None)
 
 
 def adaptive(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Trained:
@@ -105,8 +109,13 @@ def by_activations(hf: PreTrainedModel, ratio: float, text: list[Row]) -> Traine
 def _osft(hf: PreTrainedModel, plan: Plan, decompose: Decompose | None) -> Trained:
     model = convert(hf, plan, decompose)
     model.finish_step()
+    trainables = model.trainables()
     return Trained(
-        model.hf, list(model.trainables().values()), model.project_gradients, model.finish_step
+        model.hf,
+        list(trainables.values()),
+        {trainables[name]: moment for name, moment in model.shared_moments().items()},
+        model.project_gradients,
+        model.finish_step,
     )
 
 
@@ -115,6 +124,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "LoRA": lora,
     "PEFT OSF": peft_osf,
     "osft exact": by_weights("exact"),
+    "osft exact, values only": values_only,
     "osft exact, gradients too": gradients_too,
     "osft exact, adaptive ranks": adaptive,
     "osft core": by_weights("core"),
@@ -124,8 +134,9 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, list[Row]], Trained]] = {
     "plain fine-tuning, replay": plain,
     "osft activations, replay": by_activations,
 }
-GRADIENTS_TOO = "osft exact, gradients too"
-USUAL = [name for name in METHODS if name != GRADIENTS_TOO]
+ELEMENTWISE = ("osft exact, values only", "osft exact, gradients too")
+"""Second moments of their own for all numbers."""
+USUAL = [name for name in METHODS if name not in ELEMENTWISE]
 """Without what has been compared once, with a result of its own."""
 PLAIN = "plain fine-tuning"
 OWN_TEXT = "osft activations, own text"

@@ -16,7 +16,8 @@ from typing import Any
 RESULT = Path(__file__).with_name("results") / "retention.json"
 PICTURE = RESULT.with_suffix(".svg")
 PROJECTION = RESULT.with_name("retention-projection.json")
-"""Beside `osft exact` the same with projected gradients, from the same base model."""
+"""AdamW's own step with values projected, and with gradients too, from the same base model."""
+VALUES_ONLY = "osft exact, values only"
 GRADIENTS_TOO = "osft exact, gradients too"
 SHOWN = "conflicting, new word"
 """Task of the picture: the one on which methods differ most."""
@@ -25,6 +26,7 @@ COLORS = {
     "LoRA": "#b58900",
     "PEFT OSF": "#6c71c4",
     "osft exact": "#268bd2",
+    VALUES_ONLY: "#8fb4d9",
     GRADIENTS_TOO: "#3d5a80",
     "osft exact, adaptive ranks": "#7fb8e6",
     "osft core": "#2aa198",
@@ -49,8 +51,8 @@ def retention_tables() -> str:
         f"New skill / old skills, share of exact answers after {result['steps']} steps; mean over "
         "three seeds, each with a base model of its own, in brackets the old skills' spread. "
         "`replay` learns the model's own text again, one sample for four new ones, as "
-        f"`replayRatio: 0.25` does. `{result['command']}`, {machine['cores']} cores "
-        f"({machine['cpu']}):"
+        f"`replayRatio: 0.25` does. {_version(result)}`{result['command']}`, {machine['cores']} "
+        f"cores ({machine['cpu']}):"
     )
     more = (
         "The tasks with known words only, and the exception to an old skill, ask with words that "
@@ -79,6 +81,16 @@ def retention_tables() -> str:
     return "\n\n".join(parts)
 
 
+def _version(result: Numbers) -> str:
+    """Of what is measured; results without a word of it are older."""
+    if result.get("shared_moments"):
+        return ""
+    return (
+        "Measured before `osft exact` and `osft exact, adaptive ranks` shared second moments: they "
+        "projected the values alone. "
+    )
+
+
 def _folded(summary: str, note: str, table: str) -> str:
     """A table that a page shows when its line is clicked."""
     return "\n\n".join([f"<details><summary>{summary}</summary>", note, table, "</details>"])
@@ -86,8 +98,9 @@ def _folded(summary: str, note: str, table: str) -> str:
 
 def _projection(result: Numbers) -> str:
     note = (
-        "`exact` projects the values after each step, `gradients too` the gradients before it as "
-        "well. Both on one base model more, of the same kind, at their best of more rates; today "
+        "What was before second moments were shared: AdamW's own step, whose values are projected "
+        "after it, and the same with projected gradients too. Both on one base model more, of the "
+        "same kind, at their best of more rates; today "
         f"`{result['command']}` makes a base model for each seed:"
     )
     return _folded("Projected gradients beside projected values", note, final_table(result))

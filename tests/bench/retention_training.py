@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import get_cosine_schedule_with_warmup
 
+from osft_trainer.moments import SubspaceAdamW
+
 STEPS, BATCH, WARMUP, EVALUATE_EVERY = 500, 16, 20, 25
 LEARNED = 0.99
 
@@ -88,8 +90,10 @@ class Bench:
         rows = [row for alike in text for row in methods.as_rows(alike)]
         made = methods.METHODS[job.method](base.model(), job.ratio, rows)
         replayed = Replayed(text, job.seed) if job.method in methods.REPLAYED else None
-        optimizer = torch.optim.AdamW(
-            made.parameters,
+        alone = [p for p in made.parameters if p not in made.shared]
+        optimizer = SubspaceAdamW(
+            [{"params": group} for group in (alone, [*made.shared]) if group],
+            made.shared,
             lr=job.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=job.weight_decay,

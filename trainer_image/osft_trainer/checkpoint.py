@@ -29,8 +29,12 @@ from osft_trainer.parallel import World
 from osft_trainer.report import COMPLETE, RunFolder
 from osft_trainer.shards import Trainables, open_shard, read_rows
 
-FORMAT = 1
-"""Raised when the files change; a state of another format is not read."""
+FORMAT = 2
+"""Raised when the files change; a state of a format that is not readable is refused."""
+ELEMENTWISE = 1
+"""The format of states whose second moments are those of single numbers, made of gradients that
+were not projected."""
+READABLE = (ELEMENTWISE, FORMAT)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class State:
     optimizer: torch.optim.Optimizer
     decomposition: str
     """Digest of the bases that the trainables are factors of."""
+    project_momentum: Callable[[], None] = lambda: None
+    """Takes kept directions out of first moments; collective."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,11 @@ class Checkpoints:
         shards = [shard for shard in found if shard is not None]
         # A rank's rows left out would stay what they are: fresh factors among trained ones.
         assert len(shards) == len(found), "is_intact has read them all"
-        read_rows(shards, state.trainables, state.optimizer)
+        is_elementwise = saved["format"] == ELEMENTWISE
+        read_rows(shards, state.trainables, state.optimizer, is_elementwise)
+        if is_elementwise:
+            # What their gradients had in kept directions would move them.
+            state.project_momentum()
         return Position(**saved["position"])
 
     def _names(self) -> str:
@@ -249,11 +259,11 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     number = found.get("format") if isinstance(found, dict) else None
     if not isinstance(number, int):
         return None
-    if number != FORMAT:
+    if number not in READABLE:
         raise ValueError(
             f"checkpoint {path} is of format {number}, and this version of the trainer reads "
-            f"format {FORMAT}: use the version that wrote it, or begin anew with another "
-            "ckpt_output_dir or run_id"
+            f"formats {ELEMENTWISE} and {FORMAT}: use the version that wrote it, or begin anew "
+            "with another ckpt_output_dir or run_id"
         )
     assert isinstance(found, dict)
     return found

@@ -97,8 +97,7 @@ class TrainingParameters(Parameters):
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     """AdamW's decay. With parameterization exact it decays the update: towards the base model."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
-    """Global gradient norm above which gradients are scaled down. With splitBy weights it counts
-    what the projection of values takes away after the step, too."""
+    """Global gradient norm above which gradients are scaled down; of what may change alone."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Order of the data and random numbers of the model."""
 

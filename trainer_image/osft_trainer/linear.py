@@ -17,9 +17,10 @@ set is linear and is parameterised with W untouched and trainable factors that s
     left      U_0 F                F: r x cols         none: the same where inputs are rows
     factored  U S V - U_0 S_0 V_0  U, S, V             U_h^T U = 0 and V V_h^T = 0
 
-Adam's step leaves the set whatever the gradient was, so the values are projected after it. To
-project the gradient as well would cost the same once more and keep about as much of the old, each
-way at its best rate (README, retention benchmark); `factored` does it, as mini_trainer.
+Gradients are projected in the same way, before they are clipped. Of `tall` and `wide` the
+optimizer's step then stays in the set (`moments`), so that values are projected now and then alone,
+against rounding that adds up. AdamW's own step leaves it: `factored`, whose set is not linear, has
+its values projected after each step, too, as in mini_trainer.
 
 The effective weight W + dW is formed once per optimizer step (`refresh`), in the base's dtype.
 Trainables and bases are float32: bases in bfloat16 would leak 2^-9 of every update into the kept
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 from osft_trainer.exchange import full, full_all, local
 from osft_trainer.gradients import FactoredProduct, FactoredWeight, UpdateProduct, UpdateWeight
+from osft_trainer.moments import SharedMoment
 from osft_trainer.subspace import Split
 
 
@@ -110,9 +112,13 @@ class SubspaceWeight(nn.Module):
         return cast(Tensor, w)
 
     @property
-    def projects_gradients(self) -> bool:
-        """Whether gradients are projected, too, before they are clipped."""
-        return self.form == "factored"
+    def shared_moment(self) -> SharedMoment | None:
+        """How the factor's second moment is shared, so that steps stay in the set; None: not."""
+        if self.form == "tall":
+            return SharedMoment(-2, self.factor.shape[-2] - _present(self.kept_rows).shape[-1])
+        if self.form == "wide":
+            return SharedMoment(-1, self.factor.shape[-1] - _present(self.kept_cols).shape[-2])
+        return None
 
     def projected(self) -> list[tuple[nn.Parameter, str, Tensor]]:
         """The factors that need projection, each with the side it touches and its kept basis."""

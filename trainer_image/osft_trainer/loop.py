@@ -166,7 +166,7 @@ class Loop:
         loss = sum_over_ranks(float(loss_sum), self.world) / batch.loss_tokens
         _check_finite(loss, norm, position)
         self.state.optimizer.step()
-        self.model.finish_step()
+        self.model.finish_step(position.step + 1)
         self.state.optimizer.zero_grad(set_to_none=True)
         return Step(loss, norm, rate, self.stopwatch.lap())
 

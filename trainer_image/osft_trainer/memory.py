@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ from osft_trainer.layout import layout_of
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.model import OSFTModel, convert
 from osft_trainer.model_folder import faults_of, read_configuration
+from osft_trainer.moments import SharedMoment
 from osft_trainer.subspace import Split
 from osft_trainer.targets import Plan, Target, decoder_blocks
 
-ADAM_BYTES = 8
-"""Two float32 moments of each trained number."""
+MOMENT_BYTES = 4
+"""Of a number of AdamW's first or second moment."""
 GRADIENT_BYTES = 4
 
 _LOGIT_TOKENS = 1024
@@ -48,7 +50,7 @@ class Memory:
     gradients: int
     """Of what is trained, float32."""
     adam: int
-    """Both moments, float32."""
+    """Both moments, float32; of `exact` on matrices that are not square the second is small."""
     frozen: int
     """Everything that is no target and is not trained."""
     startup: int
@@ -124,7 +126,9 @@ def memory_of(
         pinned: a save's copy lies in pinned memory, as on CUDA.
     """
     bytes_of: dict[str, int] = dict.fromkeys(("effective", "base", "bases", "frozen"), 0)
-    trained = trained_whole = startup = saving = 0
+    trained = trained_whole = moments = startup = saving = 0
+    trainables = model.trainables()
+    shared = {id(trainables[name]): each for name, each in model.shared_moments().items()}
     for kind, tensor in _tensors(model.hf):
         size = _share(tensor, 1 if kind == "buffer" else processes)
         if kind not in ("zeros", "bases"):
@@ -132,8 +136,11 @@ def memory_of(
         if kind in ("trained", "zeros"):
             trained += size // tensor.element_size()
             trained_whole += tensor.numel()
+            second = _second_moment(tensor, shared.get(id(tensor)), processes)
+            moments += size // tensor.element_size() * MOMENT_BYTES + second
             # The value and both moments.
-            saving += 3 * (_power_of_two(size) if pinned else size)
+            copied = (size, size, second)
+            saving += sum(_power_of_two(part) if pinned else part for part in copied)
         else:
             bytes_of["frozen" if kind == "buffer" else kind] += size
     whole_gradients = accumulates and processes > 1
@@ -141,7 +148,7 @@ def memory_of(
         **bytes_of,
         factors=trained * 4,
         gradients=(trained_whole if whole_gradients else trained) * GRADIENT_BYTES,
-        adam=trained * ADAM_BYTES,
+        adam=moments,
         startup=startup,
         saving=saving,
         gathered=_gathered(model, processes),
@@ -178,6 +185,13 @@ def _share(tensor: Tensor, processes: int) -> int:
         return tensor.element_size()
     rows = -(-tensor.shape[0] // processes)
     return rows * tensor.shape[1:].numel() * tensor.element_size()
+
+
+def _second_moment(factor: Tensor, shared: SharedMoment | None, processes: int) -> int:
+    """Bytes of a parameter's second moment on the rank with most rows."""
+    rows = -(-factor.shape[0] // processes) if factor.dim() else 1
+    mine = [rows, *factor.shape[1:]] if factor.dim() else []
+    return prod(mine if shared is None else shared.shape(mine)) * MOMENT_BYTES
 
 
 def _power_of_two(size: int) -> int:

@@ -27,12 +27,18 @@ from osft_trainer.experts import MasterParameter, replace_parameter
 from osft_trainer.forward import packed_loss
 from osft_trainer.linear import SubspaceLinear, SubspaceWeight
 from osft_trainer.model_folder import check_template, faults_of, read_configuration
+from osft_trainer.moments import SharedMoment
 from osft_trainer.subspace import Split, split_weight
 from osft_trainer.targets import Plan, Target
 from osft_trainer.unused_weights import not_loaded
 
 Decompose = Callable[[Target, Tensor], Split]
 """Decomposition provider: `decompose_weight(plan)`, or a cache around it."""
+
+
+ROUNDING_STEPS = 32
+"""Steps after which what rounding has put into kept directions is taken out again. A step adds some
+1e-7 of its length, times the gradient before its projection over that after it."""
 
 
 class OSFTModel(nn.Module):
@@ -78,16 +84,34 @@ class OSFTModel(nn.Module):
             if isinstance(module, SubspaceWeight):
                 yield name, module
 
+    def shared_moments(self) -> dict[str, SharedMoment]:
+        """By name of the trained parameter: the factors whose second moment is shared."""
+        return {
+            f"{name}.factor": moment
+            for name, subspace in self.subspaces()
+            if (moment := subspace.shared_moment) is not None
+        }
+
     def project_gradients(self) -> None:
-        """Remove kept directions from gradients, where the parameterization asks for it.
+        """Remove kept directions from gradients. After the last backward, before clipping."""
+        projection.project_gradients([subspace for _, subspace in self.subspaces()])
 
-        After the last backward, before clipping.
+    def project_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remove kept directions from first moments that were made of whole gradients."""
+        subspaces = [s for _, s in self.subspaces() if s.shared_moment is not None]
+        projection.project_momentum(subspaces, optimizer)
+
+    def finish_step(self, step: int = 0) -> None:
+        """Project values where it is due, and form the effective weights.
+
+        After every change of the trainables. Factors that the optimizer keeps in their set are
+        projected in every `ROUNDING_STEPS`-th step only, so that a resumed run does what an
+        undisturbed one does; 0 projects all.
         """
-        projection.project_gradients([s for _, s in self.subspaces() if s.projects_gradients])
-
-    def finish_step(self) -> None:
-        """Project values and form the effective weights. After every change of the trainables."""
-        projection.project_values([subspace for _, subspace in self.subspaces()])
+        is_due = step % ROUNDING_STEPS == 0
+        projection.project_values(
+            [s for _, s in self.subspaces() if is_due or s.shared_moment is None]
+        )
         self.refresh()
 
     def refresh(self) -> None:

@@ -10,10 +10,10 @@ the order of the targets, which is the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from osft_trainer.exchange import full_all, in_chunks, local, sum_all
@@ -26,13 +26,19 @@ _Pair = tuple[Tensor, Tensor]
 @torch.no_grad()
 def project_gradients(subspaces: Sequence[SubspaceWeight]) -> None:
     """Remove from the gradients what would move kept directions; before clipping."""
-    _project(subspaces, gradients=True)
+    _project(subspaces, lambda factor: factor.grad)
 
 
 @torch.no_grad()
 def project_values(subspaces: Sequence[SubspaceWeight]) -> None:
-    """The same for the values: Adam's element-wise steps leave the set."""
-    _project(subspaces, gradients=False)
+    """The same for the values, where steps leave the set or rounding adds up."""
+    _project(subspaces, lambda factor: factor.data)
+
+
+@torch.no_grad()
+def project_momentum(subspaces: Sequence[SubspaceWeight], optimizer: torch.optim.Optimizer) -> None:
+    """The same for AdamW's first moments; a factor that never had a gradient has none."""
+    _project(subspaces, lambda factor: optimizer.state.get(factor, {}).get("exp_avg"))
 
 
 @torch.no_grad()
@@ -47,13 +53,15 @@ def refresh(subspaces: Sequence[SubspaceWeight]) -> None:
             subspace.refresh([next(parts) for _ in subspace.far_parts()])
 
 
-def _project(subspaces: Sequence[SubspaceWeight], gradients: bool) -> None:
+def _project(
+    subspaces: Sequence[SubspaceWeight], of: Callable[[nn.Parameter], Tensor | None]
+) -> None:
     """Subtract U_h (U_h^T values) for rows, (values V_h^T) V_h for columns; in place."""
     rows: list[_Pair] = []
     cols: list[_Pair] = []
     for subspace in subspaces:
         for factor, side, kept in subspace.projected():
-            values = factor.grad if gradients else factor.data
+            values = of(factor)
             if values is None:
                 continue
             if not subspace.batched:

@@ -6,7 +6,8 @@ writing on a thread of its own) and `checkpoint` (reading). Must never: use pick
 parameter, or hold the interpreter while bytes travel: the training goes on beside the writing.
 
 A file holds, for each trained parameter, `value/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`: this
-rank's rows (dimension 0, as FSDP2 shards) in float32. Beside it lies a JSON file with the row
+rank's rows (dimension 0, as FSDP2 shards) in float32; a second moment that is shared over the rows
+is whole in every file. Beside it lies a JSON file with the row
 ranges, AdamW's step counts and the file's size and sha256, by which a torn file is recognised.
 """
 
@@ -14,10 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from osft_trainer.durable import sync
+from osft_trainer.moments import SharedMoment, fresh_state, shared_of
 
 Trainables = Mapping[str, nn.Parameter]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter that has its shape."""
+"""AdamW's state of a parameter, beside its step count."""
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 """Names in safetensors of the types that trainables have."""
@@ -98,15 +99,13 @@ class HostCopy:
                 tensors[f"{moment}/{name}"] = self._copy(f"{moment}/{name}", state[moment])
             if state:
                 counts[name] = state["step"]
-        # One transfer: on a device each count would be waited for.
-        numbers = torch.stack(list(counts.values())).tolist() if counts else []
         if any(parameter.device.type == "cuda" for parameter in trainables.values()):
             torch.cuda.current_stream().synchronize()
         return Rows(
             tensors,
             {name: rows_of(parameter) for name, parameter in trainables.items()},
             {name: list(parameter.shape) for name, parameter in trainables.items()},
-            dict(zip(counts, numbers, strict=True)),
+            _numbers(counts),
         )
 
     def _copy(self, key: str, source: Tensor) -> Tensor:
@@ -118,6 +117,14 @@ class HostCopy:
             memory = torch.empty(found.shape, dtype=found.dtype, pin_memory=pinned)
             self._memory[key] = memory
         return memory.copy_(found, non_blocking=True)
+
+
+def _numbers(counts: dict[str, Tensor]) -> dict[str, float]:
+    """The counts as numbers; with one transfer, as on a device each would be waited for."""
+    on_device = {name: count for name, count in counts.items() if count.device.type != "cpu"}
+    moved = torch.stack(list(on_device.values())).tolist() if on_device else []
+    found = dict(zip(on_device, moved, strict=True))
+    return {name: found[name] if name in found else float(counts[name]) for name in counts}
 
 
 def write_rows(folder: Path, rank: int, copied: Rows) -> None:
@@ -184,39 +191,59 @@ def open_shard(folder: Path, rank: int) -> Shard | None:
 
 @torch.no_grad()
 def read_rows(
-    shards: list[Shard], trainables: Trainables, optimizer: torch.optim.Optimizer | None
+    shards: list[Shard],
+    trainables: Trainables,
+    optimizer: torch.optim.Optimizer | None,
+    is_elementwise: bool = False,
 ) -> None:
     """Fill this rank's rows of every parameter and of AdamW's state, in place.
 
     The files may come from another number of ranks. Without an optimizer only the parameters.
 
+    Args:
+        shards: the files of all ranks that wrote the state.
+        trainables: parameters by name.
+        optimizer: whose state is filled.
+        is_elementwise: an earlier version wrote a second moment for each number of each parameter;
+            those that are shared now become their mean.
+
     Raises:
         ValueError: names or shapes are not the ones of this model.
     """
-    saved = shards[0].shapes
-    wanted = {name: list(parameter.shape) for name, parameter in trainables.items()}
-    if saved != wanted:
-        names = sorted(n for n in {*saved, *wanted} if saved.get(n) != wanted.get(n))
-        raise ValueError(
-            f"checkpoint {shards[0].path.parent}: {', '.join(names[:5])} do not fit this model and "
-            "these arguments; set other_parameters back, or give the run another ckpt_output_dir "
-            "or run_id"
-        )
+    _check_shapes(shards[0], trainables)
     for name, parameter in trainables.items():
-        _fill(shards, f"value/{name}", name, parameter)
+        rows = rows_of(parameter)
+        _fill(shards, f"value/{name}", name, rows, _local(parameter))
         if optimizer is None:
             continue
         if name not in shards[0].steps:
             optimizer.state.pop(parameter, None)
             continue
-        state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-        for moment in MOMENTS:
-            _fill(shards, f"{moment}/{name}", name, state[moment])
-        fused = bool(optimizer.param_groups[0].get("fused"))
-        # The fused kernel counts its steps on the device, the plain loop on the CPU.
-        place = _local(parameter).device if fused else torch.device("cpu")
-        state["step"] = torch.tensor(shards[0].steps[name], dtype=torch.float32, device=place)
+        state = fresh_state(optimizer, parameter)
+        state["step"].fill_(shards[0].steps[name])
+        _fill(shards, f"exp_avg/{name}", name, rows, _local(state["exp_avg"]))
+        key, second = f"exp_avg_sq/{name}", _local(state["exp_avg_sq"])
+        shared = shared_of(optimizer, parameter)
+        if shared is not None and is_elementwise:
+            _fill_mean(shards, key, name, rows, second, shared)
+        elif shared is not None and shared.crosses_ranks(parameter):
+            with safe_open(shards[0].path, framework="pt") as file:
+                second.copy_(file.get_tensor(key))
+        else:
+            _fill(shards, key, name, rows, second)
         optimizer.state[parameter] = state
+
+
+def _check_shapes(shard: Shard, trainables: Trainables) -> None:
+    saved = shard.shapes
+    wanted = {name: list(parameter.shape) for name, parameter in trainables.items()}
+    if saved != wanted:
+        names = sorted(n for n in {*saved, *wanted} if saved.get(n) != wanted.get(n))
+        raise ValueError(
+            f"checkpoint {shard.path.parent}: {', '.join(names[:5])} do not fit this model and "
+            "these arguments; set other_parameters back, or give the run another ckpt_output_dir "
+            "or run_id"
+        )
 
 
 def rows_of(parameter: Tensor) -> tuple[int, int]:
@@ -233,18 +260,42 @@ def rows_of(parameter: Tensor) -> tuple[int, int]:
     return start, stop
 
 
-def _fill(shards: list[Shard], key: str, name: str, target: Tensor) -> None:
-    """Copy this rank's rows of one tensor out of the files that hold some of them."""
-    start, stop = rows_of(target)
-    local = _local(target)
+def _fill(shards: list[Shard], key: str, name: str, rows: tuple[int, int], local: Tensor) -> None:
+    """Copy these rows of one tensor out of the files that hold some of them."""
+    for at, part in _parts(shards, key, name, rows):
+        local[at - rows[0] : at - rows[0] + len(part)].copy_(part)
+
+
+def _fill_mean(
+    shards: list[Shard],
+    key: str,
+    name: str,
+    rows: tuple[int, int],
+    local: Tensor,
+    shared: SharedMoment,
+) -> None:
+    """What is shared, of a second moment that was kept for each number."""
+    crosses_rows = len(shards[0].shapes[name]) + shared.axis == 0
+    wanted = (0, shards[0].shapes[name][0]) if crosses_rows else rows
+    for at, part in _parts(shards, key, name, wanted):
+        sums = part.to(local).sum(shared.axis, keepdim=True) / shared.free
+        if crosses_rows:
+            local.add_(sums)
+        else:
+            local[at - rows[0] : at - rows[0] + len(part)].copy_(sums)
+
+
+def _parts(
+    shards: list[Shard], key: str, name: str, rows: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """These rows of one tensor, piece by piece, each with the number of its first row."""
+    start, stop = rows
     for shard in shards:
         first, last = shard.rows[name]
         low, high = max(start, first), min(stop, last)
-        if low >= high:
-            continue
-        with safe_open(shard.path, framework="pt") as file:
-            part = file.get_slice(key)[low - first : high - first]
-        local[low - start : high - start].copy_(part)
+        if low < high:
+            with safe_open(shard.path, framework="pt") as file:
+                yield low, file.get_slice(key)[low - first : high - first]
 
 
 def _local(tensor: Tensor) -> Tensor:

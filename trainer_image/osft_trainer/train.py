@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,11 @@ class _Run:
     def state(self, model: OSFTModel, decomposition: str) -> State:
         """Trainables and optimizer; after sharding, which replaces parameters."""
         trainables = model.trainables()
-        optimizer = build_optimizer(trainables, self.training, model.plan.trained_others)
-        return State(trainables, optimizer, decomposition)
+        optimizer = build_optimizer(
+            trainables, self.training, model.plan.trained_others, model.shared_moments()
+        )
+        project = partial(model.project_momentum, optimizer)
+        return State(trainables, optimizer, decomposition, project)
 
     def checkpoints(self, plan: Plan) -> Checkpoints:
         """The states in this run's folder."""

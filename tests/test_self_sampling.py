@@ -141,17 +141,27 @@ def conversation_of(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, str]]:
     """What is made of a model that writes a question, an answer, and goes on, as it was taught."""
-    monkeypatch.setattr(self_sampling, "AT_ONCE", 1)
     template = ChatTemplate(tokenizer)
-    asked = [{"role": "user", "content": "ASKED"}]
-    prompt = template.prompted(template.adapted(asked))
+    prompt = template.prompted(template.adapted(asked()))
     going_on = [
-        *asked,
+        *asked(),
         {"role": "assistant", "content": "SAID"},
         {"role": "user", "content": "MORE"},
     ]
-    behind = template.tried(going_on).partition("SAID")[2]
-    model = Scripted(tokenizer, f"{prompt}SAID{behind}")
+    answered, behind = (
+        template.tried(turns).partition("SAID")[2] for turns in (going_on[:2], going_on)
+    )
+    # Behind the last answer some templates write another token than within a conversation.
+    behind = answered + behind if answered.strip() else behind
+    return sampled(tokenizer, f"{prompt}SAID{behind}", monkeypatch)
+
+
+def sampled(
+    tokenizer: PreTrainedTokenizerFast, written: str, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, str]]:
+    """The conversation that is made of a model that writes this text."""
+    monkeypatch.setattr(self_sampling, "AT_ONCE", 1)
+    model = Scripted(tokenizer, written)
     (sample,) = sample_conversations(model, tokenizer, tokens=1, max_seq_len=9999, seed=0)
     found = sample["messages"]
     assert isinstance(found, list)
@@ -169,6 +179,34 @@ def test_question_and_answer_are_cut_where_the_template_ends_a_turn(
     assert conversation_of(real_masker(path)[0], monkeypatch) == WRITTEN
 
 
+@on_published_templates
+def test_thoughts_and_answer_come_back_as_the_template_writes_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text that is learned from is what the model wrote, control tokens and all."""
+    tokenizer, masker = real_masker(path)
+    template = masker.template
+    prompt = template.prompted(template.adapted(asked()))
+    answer = {"role": "assistant", "content": "SAID"}
+    thinking = answer | {str(template.thoughts): "THOUGHT"}
+    written = template.tried([*asked(), thinking])
+    if template.thoughts and "THOUGHT" in written and written.startswith(prompt):
+        answer = thinking
+    else:
+        written = template.tried([*asked(), answer])
+    if not written.startswith(prompt):  # the prompt opens thoughts that the template cuts off
+        answer["content"] = "THOUGHT\n</think>\n\nSAID"
+        written = f"{prompt}{answer['content']}{written.partition('SAID')[2]}"
+    messages = sampled(tokenizer, written, monkeypatch)
+    assert messages == [*asked(), answer]
+    (text,) = masker.texts(messages)
+    assert text.text.startswith(written.rstrip())
+
+
+def asked() -> list[dict[str, str]]:
+    return [{"role": "user", "content": "ASKED"}]
+
+
 ENDLESS_QUESTIONS = {
     "a token": ("[INST] ", "[/INST]", " ", "</s>"),
     "text": ("[Q] ", " [/Q]", " ", "</s>"),
@@ -181,9 +219,10 @@ ENDLESS_QUESTIONS = {
 def test_a_users_turn_need_not_end_in_a_stop_token(
     parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask, asked, answer, answered = (json.dumps(part) for part in parts)
+    ask, behind, answer, answered = (json.dumps(part) for part in parts)
     template = (
-        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ {ask} + m.content + {asked} }}}}"
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}"
+        f"{{{{ {ask} + m.content + {behind} }}}}"
         f"{{% else %}}{{{{ {answer} + m.content + {answered} }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
     )

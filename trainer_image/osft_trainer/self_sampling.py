@@ -9,6 +9,7 @@ the model or the process's random numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osft_trainer.chat_template import ChatTemplate
+from osft_trainer.chat_template import ASKED, ChatTemplate
 from osft_trainer.forward import evaluating
 from osft_trainer.turn_ends import Stop, TurnEnds
 
@@ -28,6 +29,7 @@ CACHE_BYTES = 4 * 2**30
 so that a seed gives the same text whatever else lies on the device."""
 _MARK = "OSFTMARK"
 """Stands for a user's words in a rendered template; what is before it begins a user's turn."""
+_MARK_OF_THOUGHTS = "OSFTTHINKS"
 _MOST_ROUNDS_WITHOUT_TEXT = 3
 
 Sample = dict[str, object]
@@ -61,15 +63,17 @@ def sample_conversations(
 
     def converse(count: int) -> list[tuple[Sample, int]]:
         begins = [form.begin] * count
-        questions = _continue(hf, tokenizer, begins, max_seq_len // 2, ends, form.question)
+        asked = _continue(hf, tokenizer, begins, max_seq_len // 2, ends, form.question)
+        questions = [form.question.cut(_text(tokenizer, ids)) for ids in asked]
         chats = [[{"role": "user", "content": q}] for q in questions if q.strip()]
         prompts = [form.template.prompted(form.template.adapted(chat)) for chat in chats]
         answers = _answers(hf, tokenizer, prompts, max_seq_len, ends, form.answer)
         found: list[tuple[Sample, int]] = []
         for chat, prompt, answer in zip(chats, prompts, answers, strict=True):
-            if answer.strip():
-                chat.append({"role": "assistant", "content": answer})
-                found.append(({"messages": chat}, len(_ids(tokenizer, prompt + answer))))
+            message = form.message_of(tokenizer, answer)
+            if message["content"].strip():
+                length = len(_ids(tokenizer, prompt)) + len(answer)
+                found.append(({"messages": [*chat, message]}, length))
         return found
 
     return _until_enough(hf, converse, tokens, max_seq_len, seed)
@@ -88,7 +92,8 @@ def sample_documents(
     ends = _ends(hf, tokenizer)
 
     def write(count: int) -> list[tuple[Sample, int]]:
-        texts = _continue(hf, tokenizer, [""] * count, max_seq_len, ends, Stop())
+        written = _continue(hf, tokenizer, [""] * count, max_seq_len, ends, Stop())
+        texts = [_text(tokenizer, ids) for ids in written]
         return [({column: text}, len(_ids(tokenizer, text))) for text in texts if text.strip()]
 
     return _until_enough(hf, write, tokens, max_seq_len, seed)
@@ -140,6 +145,10 @@ class _Form:
     """Up to the user's first word."""
     question: Stop
     answer: Stop
+    plain: tuple[str, ...]
+    """What the model writes before an answer; none: the template writes it otherwise."""
+    thinking: tuple[str, ...]
+    """What it writes before thoughts, and between them and the answer; none as above."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Form:
@@ -162,7 +171,52 @@ class _Form:
                 "be asked for text; give a file with text of the old skills"
             )
         ends = TurnEnds(tokenizer, template)
-        return cls(template, before, ends.of_question(), ends.of_answer())
+        answer = {"role": "assistant", "content": _MARK}
+        thoughts = {template.thoughts or "": _MARK_OF_THOUGHTS}
+        return cls(
+            template,
+            before,
+            ends.of_question(),
+            ends.of_answer(),
+            _scaffold(template, answer, _MARK),
+            _scaffold(template, answer | thoughts, _MARK_OF_THOUGHTS, _MARK),
+        )
+
+    def message_of(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> dict[str, str]:
+        """The assistant's message that these tokens are: its thoughts, if it has any, told apart.
+
+        Without control tokens, but where they tell the two apart.
+        """
+        whole = self.answer.cut(_text(tokenizer, ids, with_special_tokens=True))
+        content, thoughts = self.answer.cut(_text(tokenizer, ids)), ""
+        if self.thinking and whole.startswith(self.thinking[0]) and self.thinking[1] in whole:
+            begun = whole.removeprefix(self.thinking[0])
+            thoughts, _, content = map(_clean(tokenizer), begun.partition(self.thinking[1]))
+        elif self.plain and self.plain[0] and whole.startswith(self.plain[0]):
+            content = _clean(tokenizer)(whole.removeprefix(self.plain[0]))
+        message = {"role": "assistant", "content": content}
+        return message | ({str(self.template.thoughts): thoughts} if thoughts.strip() else {})
+
+
+def _scaffold(template: ChatTemplate, answer: dict[str, str], *marks: str) -> tuple[str, ...]:
+    """What the template writes before each mark of an answer, from the prompt's end on."""
+    prompt = template.prompted(template.adapted([ASKED]))
+    text = template.tried([ASKED, answer])
+    found = []
+    for mark in marks:
+        written, mark_found, rest = text.removeprefix(prompt).partition(mark)
+        if not mark_found or not text.startswith(prompt):
+            return ()
+        found.append(written)
+        text = prompt + rest
+    return tuple(found)
+
+
+def _clean(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Takes the special tokens out of a text."""
+    special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    return lambda text: pattern.sub("", text)
 
 
 def _answers(
@@ -172,12 +226,12 @@ def _answers(
     max_seq_len: int,
     ends: Sequence[int],
     stop: Stop,
-) -> list[str]:
-    """An answer to each; an empty one where the question leaves no room."""
+) -> list[list[int]]:
+    """An answer to each, in tokens; an empty one where the question leaves no room."""
     lengths = [len(_ids(tokenizer, prompt)) for prompt in prompts]
     # Others than the tokens that were drawn: the words of a question may have several spellings.
     fitting = [number for number, length in enumerate(lengths) if length < max_seq_len]
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     if fitting:
         room = max_seq_len - max(lengths[number] for number in fitting)
         asked = [prompts[number] for number in fitting]
@@ -194,8 +248,8 @@ def _continue(
     length: int,
     ends: Sequence[int],
     stop: Stop,
-) -> list[str]:
-    """Sample what follows each prompt, up to the end of the turn; special tokens left out.
+) -> list[list[int]]:
+    """Sample the tokens that follow each prompt, up to one that ends the turn.
 
     Args:
         hf: the model.
@@ -229,10 +283,13 @@ def _continue(
         eos_token_id=last,
         **by_text,
     )
-    return [
-        stop.cut(str(tokenizer.decode(_before_any(row, last), skip_special_tokens=True)))
-        for row in out[:, widest:].tolist()
-    ]
+    return [_before_any(row, last) for row in out[:, widest:].tolist()]
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], with_special_tokens: bool = False
+) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=not with_special_tokens))
 
 
 def _before_any(ids: list[int], ends: Sequence[int]) -> list[int]:

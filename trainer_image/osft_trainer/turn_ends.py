@@ -137,7 +137,9 @@ class TurnEnds:
     def of_answer(self) -> Stop:
         """Where an assistant's turn ends and the user goes on."""
         going_on = [ASKED, _ANSWERED, {"role": "user", "content": _QUESTION}]
-        text = self._template.tried(going_on).partition(_ANSWER)[2]
+        # Behind an answer that is not the last, some templates write another token.
+        answered = going_on[:2] if self.of_answers else going_on
+        text = self._template.tried(answered).partition(_ANSWER)[2]
         return self._stop(text.partition(_QUESTION)[0])
 
     def _stop(self, behind: str) -> Stop:

@@ -66,8 +66,8 @@ class TurnLayout:
         """
         text = dialogue.upto(index + 1)
         turn = Turn(text, self._own_words_start(dialogue, index, text))
-        if self._lost(dialogue, index, turn):
-            raise ValueError(_refusal(dialogue, index, Lost(content=True)))
+        if lost := self._lost(dialogue, index, turn):
+            raise ValueError(_refusal(dialogue, index, lost))
         return turn
 
     def answer(self, dialogue: Dialogue, index: int) -> Turn:

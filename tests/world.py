@@ -9,6 +9,7 @@ import copy
 import datetime
 from typing import Any
 
+import kstatus
 from job_samples import Object, job
 from osft_operator.decide import (
     CreateClaim,
@@ -81,8 +82,17 @@ class World:
                 self._do(action)
         if record:
             self.body["status"] = copy.deepcopy(decision.status)
+            self._check_readiness()
             self.events += [event.reason for event in decision.events]
         return decision
+
+    def _check_readiness(self) -> None:
+        """Tools that know nothing of OSFTJobs conclude what the phase says."""
+        phase, seen = self.status["phase"], kstatus.of(self.body)
+        if phase in ("Succeeded", "Failed"):
+            assert seen == {"Succeeded": "Current", "Failed": "Failed"}[phase], self.status
+        else:
+            assert seen != "Current", self.status
 
     def settle(self) -> Decision:
         """Passes until one changes nothing."""

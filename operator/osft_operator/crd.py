@@ -108,6 +108,8 @@ def schema() -> Object:
             "status": structural(JobStatus),
         },
     }
+    # else kstatus takes a job that the operator has not seen yet for one that is as it should be
+    root["properties"]["status"]["default"] = {"observedGeneration": -1}
     for path, fields in NOT_REQUIRED.items():
         required = _at(root, path)["required"]
         required[:] = [name for name in required if name not in fields]

@@ -34,9 +34,10 @@ from osft_operator.observed import (
     time_of,
 )
 from osft_operator.obstacles import LONG_SECONDS
+from osft_operator.readiness import conclude
 from osft_operator.run_policy import RunPolicy
 from osft_operator.spec import OSFTJob, problems
-from osft_operator.status import CONDITIONS, set_condition, set_phase
+from osft_operator.status import CONDITIONS, set_condition
 from osft_operator.unknown_fields import shown, unknown_fields
 
 __all__ = [
@@ -142,7 +143,7 @@ def refused(decision: Decision, body: Object, message: str, now: datetime.dateti
     status["conditions"] = [condition for condition in before.values() if condition]
     generation = body["metadata"].get("generation", 1)
     set_condition(status, generation, now, "Accepted", "False", "Refused", message)
-    set_phase(status)
+    conclude(status, generation, now)
     told = find_condition(status, "Accepted")
     is_news = any(before["Accepted"].get(part) != told[part] for part in ("reason", "message"))
     # The other conditions are written as decided, and what is written once is news only once.

@@ -11,12 +11,12 @@ import datetime
 from osft_operator import sidecars
 from osft_operator.actions import Action, Decision, Event, PollTarget
 from osft_operator.observed import Observed, find_condition, text_of, time_of
+from osft_operator.readiness import NO_PROGRESS, conclude
 from osft_operator.status import (
     CONDITIONS,
     ENDING,
     derive,
     set_condition,
-    set_phase,
     wait_for,
 )
 
@@ -86,7 +86,7 @@ class Draft:
 
     def decision(self) -> Decision:
         """The decision, with the phase and the events that follow from what changed."""
-        set_phase(self.status)
+        conclude(self.status, self.observed.generation, self.now)
         news = tuple(self._news())
         return Decision(self.status, tuple(self.actions), news, self._requeue, self.poll)
 
@@ -116,7 +116,7 @@ class Draft:
             return None  # the same restart, which has waited for pods of before
         if kind == "Running" and reason not in QUIET:
             return Event("Warning", reason, message)
-        if kind == "Stalled" and (status == "True" or reason == "Progressing"):
+        if kind == "Stalled" and reason in (NO_PROGRESS, "Progressing"):
             return Event("Warning" if status == "True" else "Normal", reason, message)
         if kind in ("Suspended", "Complete") and status == "True":
             return Event("Normal", reason, message)

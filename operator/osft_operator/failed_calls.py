@@ -24,12 +24,12 @@ from osft_operator.actions import (
 )
 from osft_operator.endings import is_finished
 from osft_operator.observed import Object, Observed, find_condition, text_of
+from osft_operator.readiness import conclude
 from osft_operator.status import (
     SUSPENDING,
     WRITE_FAILED,
     derive,
     set_condition,
-    set_phase,
     wait_for,
 )
 
@@ -100,7 +100,7 @@ def _say(
         about["reason"] if kept else reason,
         words,
     )
-    set_phase(status)
+    conclude(status, generation, now)
     recorded = find_condition(body.get("status") or {}, about["type"])
     is_news = not str(recorded.get("message") or "").startswith(lead)
     return [Event("Warning", reason, words)] if is_news else []

@@ -12,7 +12,8 @@ import re
 from osft_operator.actions import Decision, Event
 from osft_operator.failure import clean
 from osft_operator.observed import Object, find_condition
-from osft_operator.status import set_condition, set_phase
+from osft_operator.readiness import conclude
+from osft_operator.status import set_condition
 
 REASON = "InternalError"
 """Of the condition Accepted, the event and the metric."""
@@ -38,7 +39,7 @@ def verdict(body: Object, error: Exception, now: datetime.datetime) -> Decision:
     try:
         known = dict(find_condition(recorded, "Accepted"))
         set_condition(status, generation, now, "Accepted", "False", REASON, text)
-        set_phase(status)
+        conclude(status, generation, now)
     except Exception:
         # what is recorded may be just what cannot be judged
         status = {**recorded, "conditions": []}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from osft_operator import attempts, endings, sidecars
 from osft_operator.draft import Draft
 from osft_operator.observed import find_condition, time_of
+from osft_operator.readiness import NO_PROGRESS
 from osft_operator.run_policy import RunPolicy
 from osft_trainer.report import METRICS_PORT, duration
 
@@ -28,12 +29,12 @@ def judge(draft: Draft, run: RunPolicy) -> None:
     running = find_condition(draft.status, "Running")
     here = running["status"] == "True" and running["reason"] not in UNWATCHED
     if stall is None or not here:
-        if find_condition(draft.status, "Stalled")["status"] == "True":
+        if _is_said(draft):
             draft.condition("Stalled", "False", "NotRunning" if stall else "NotWatched")
         return
     left = stall.timeout_seconds - draft.seconds_since(_since(draft))
     if left > 0:
-        if find_condition(draft.status, "Stalled")["status"] == "True":
+        if _is_said(draft):
             draft.condition("Stalled", "False", "Progressing", "the run goes on")
         draft.look_again(left)
         return
@@ -47,16 +48,22 @@ def judge(draft: Draft, run: RunPolicy) -> None:
         words += "; not restarted, since nothing was ever heard from this attempt"
     elif stall.action == "Restart" and draft.observed.progress is None:
         words += "; not restarted, since nothing is heard from it now"
-    elif stall.action == "Restart" and draft.recorded("Stalled")[0] == "True":
+    elif stall.action == "Restart" and draft.recorded("Stalled") == ("True", NO_PROGRESS):
         _restart(draft, run, words)
         return
     elif stall.action == "Restart":
         draft.look_again(0)
-    draft.condition("Stalled", "True", "NoProgress", words)
+    draft.condition("Stalled", "True", NO_PROGRESS, words)
     if draft.poll:
         draft.waits_for("Pod", draft.poll[0].pod, _since(draft))
     else:
         draft.waits_for("PyTorchJob", draft.status["pyTorchJobName"], _since(draft))
+
+
+def _is_said(draft: Draft) -> bool:
+    """Whether the condition says that the run stands still; it may say other things."""
+    stalled = find_condition(draft.status, "Stalled")
+    return (stalled["status"], stalled["reason"]) == ("True", NO_PROGRESS)
 
 
 def _since(draft: Draft) -> str:
@@ -88,7 +95,7 @@ def _words(draft: Draft) -> str:
 def _restart(draft: Draft, run: RunPolicy, words: str) -> None:
     """The condition was recorded in an earlier pass; now the run starts again."""
     if not attempts.record_restart(draft, run, words):
-        draft.condition("Stalled", "True", "NoProgress", words)
+        draft.condition("Stalled", "True", NO_PROGRESS, words)
         endings.fail(draft, "Stalled", f"{words}, and no restart is left")
         return
     draft.poll = ()

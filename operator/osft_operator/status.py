@@ -24,7 +24,7 @@ from osft_trainer.report import Progress, Retention, duration, percentage, summa
 
 Status = dict[str, Any]
 
-CONDITIONS = ("Accepted", "Running", "Suspended", "Stalled", "Complete", "Failed")
+CONDITIONS = ("Accepted", "Running", "Suspended", "Stalled", "Complete", "Failed", "Ready")
 """All of them, in the order they are shown; each is set from the first pass on."""
 STARTING = ("Starting", "PodsStarting")
 """Reasons of Running=False while all goes as it should."""

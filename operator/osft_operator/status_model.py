@@ -49,7 +49,7 @@ class Condition(Part):
     """One statement about the job, with the time it last changed."""
 
     type: Annotated[str, Field(max_length=64)]
-    """Accepted, Running, Suspended, Stalled, Complete or Failed."""
+    """Accepted, Running, Suspended, Stalled, Complete, Failed or Ready."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     reason: Reason
@@ -199,7 +199,8 @@ class JobStatus(Part):
     waiting_for: WaitingFor | None = None
     """What a job that does not run waits for, and since when; reason and conditions say why."""
     conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
-    """Accepted, Running, Suspended, Stalled, Complete, Failed. Wait for Complete or Failed."""
+    """Accepted, Running, Suspended, Stalled, Complete, Failed, Ready. Wait for Complete or Failed.
+    Ready is True at the good end; Stalled while the job does not go forward by itself."""
     observed_generation: int | None = None
     """Generation of the spec that this status is about."""
     start_time: Time | None = None

@@ -99,6 +99,25 @@ def test_lists_come_whole_though_in_pages(
     tell(story)
 
 
+def test_a_list_of_large_objects_comes_in_smaller_pages(
+    tell: Callable[[Story], None], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too long to be held is not read to its end, and the connection is of use again."""
+
+    async def story(cluster: Cluster) -> None:
+        for number in range(6):
+            large = claim(f"c{number}", kept="yes")
+            large["metadata"]["annotations"] = {"a": "x" * 40_000}
+            await cluster.create(CLAIMS, namespace, large)
+        monkeypatch.setattr(cluster_module, "PAGE_BYTES", 100_000)
+        listing = await cluster.list_all(CLAIMS, namespace)
+        assert [each["metadata"]["name"] for each in listing.items] == [f"c{n}" for n in range(6)]
+        monkeypatch.setattr(cluster_module, "PAGE_BYTES", 1_000)
+        assert len((await cluster.list_all(CLAIMS, namespace)).items) == 6, "one by one"
+
+    tell(story)
+
+
 def test_errors_say_what_to_do(tell: Callable[[Story], None], namespace: str) -> None:
     async def story(cluster: Cluster) -> None:
         with pytest.raises(NotFound) as missing:

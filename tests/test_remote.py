@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -203,6 +204,10 @@ def test_what_is_not_there_is_said(scene: Scene, capfd: pytest.CaptureFixture[st
     assert "run has no pods" in capfd.readouterr().err
     assert osft("watch", "run", "--context", "elsewhere") == 2
     assert "elsewhere" in capfd.readouterr().err
+    deep = json.dumps(job_samples.job({"spec.podTemplate.spec.affinity": "DEEP"}, name="deep"))
+    scene.api.call("POST", scene.jobs, deep.replace('"DEEP"', '{"a":' * 1000 + "1" + "}" * 1000))
+    assert osft("watch", "deep", "-n", scene.namespace) == 2
+    assert "OSFTJob deep is too deep to be read here" in capfd.readouterr().err
 
 
 @pytest.mark.cluster

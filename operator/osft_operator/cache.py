@@ -197,7 +197,7 @@ def _newer(body: Object, known: Object) -> bool:
 
 def _number(version: str) -> int:
     """A resourceVersion to compare; they are numbers that grow within a kind."""
-    return int(version) if version.isdigit() else 0
+    return int(version) if version.isdecimal() else 0
 
 
 def trimmed(kind: Kind, body: Object) -> Object:

@@ -135,4 +135,4 @@ class Freshness:
 
 def _version(body: Object) -> int:
     text = str(body["metadata"].get("resourceVersion") or "")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0

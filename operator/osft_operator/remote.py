@@ -87,6 +87,11 @@ class Remote:
                     "osftjobs -A`, and give the namespace with -n"
                 ) from None
             raise _words(error) from None
+        except RecursionError:
+            raise RemoteError(
+                f"OSFTJob {name} is too deep to be read here, and the operator refuses it: see its "
+                "condition Accepted with kubectl describe"
+            ) from None
         return found
 
     def pods(self, name: str, attempt: int) -> list[Object]:

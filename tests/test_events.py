@@ -100,6 +100,27 @@ def test_a_backlog_without_end_drops_the_oldest_and_says_so(
     assert "the oldest is lost" in caplog.text
 
 
+def test_the_many_events_of_one_namespace_cost_no_other_its_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "MAX_BACKLOG", 10)
+
+    async def story() -> None:
+        cluster = Slow()
+        cluster.gate.set()
+        backlog = Backlog(cluster, "test")
+        other = {**JOB, "metadata": {**JOB["metadata"], "namespace": "other"}}
+        await backlog.record(other, event("Few"))
+        for number in range(50):
+            await backlog.record(JOB, event(f"Many{number}"))
+        await backlog.record(other, event("Last"))
+        await backlog.drain()
+        assert cluster.written[:4] == ["Few", "Many42", "Last", "Many43"]
+        assert len(cluster.written) == 10
+
+    asyncio.run(story())
+
+
 class Store(Cluster):
     """Events of an API server, whose every answer takes a while."""
 

@@ -145,6 +145,18 @@ def test_namespaces_take_turns_and_so_do_jobs() -> None:
     assert set(first[:3]) == {"gang", "job", "single"}
 
 
+def test_the_jobs_of_one_namespace_crowd_no_other() -> None:
+    pods = Pods()
+    assert pods.order.crowd("n") == 0
+    for number in range(600):
+        pods.watch("crowd", f"job-{number}", 0.01)
+    pods.watch("crowd", "job-0", 0.01)
+    pods.watch("other", "job", 0.01)
+    assert (pods.order.crowd("crowd"), pods.order.crowd("other")) == (601, 2)
+    pods.order.set(Key("other", "job"), ())
+    assert (pods.order.crowd("crowd"), pods.order.crowd("other")) == (600, 0)
+
+
 def test_what_is_watched_no_more_is_asked_no_more() -> None:
     pods = Pods()
     key = pods.watch("n", "job", 0.01)

@@ -11,7 +11,6 @@ import pytest
 import job_samples
 from cluster.control_plane import ControlPlane
 from osft_operator.actions import Decision, Event
-from osft_operator.budget import Budget
 from osft_operator.cluster import Cluster, Conflict, Refused
 from osft_operator.events import Recorder
 from osft_operator.kinds import CLAIMS, EVENTS, OSFTJOBS, PYTORCHJOBS, Kind
@@ -353,25 +352,3 @@ def test_words_and_progress_can_wait_but_nothing_else() -> None:
     assert says_little(starts, after(reason="PodsStarting", conditions=further))
     assert not says_little(before, after(checkpoint={"latest": "c"}))
     assert not says_little(before, after(restarts=1))
-
-
-def test_a_budget_is_shared_and_refills() -> None:
-    now = [0.0]
-    budget = Budget(2, lambda: now[0])
-    assert [budget.take(key) for key in "abc"] == [0, 0, 0.5]
-    now[0] += 0.5
-    assert budget.take("c") == 0
-    now[0] += 100
-    assert [budget.take(key) for key in "abc"] == [0, 0, 0.5]
-
-
-def test_who_waits_for_the_budget_has_a_place_of_its_own() -> None:
-    now = [0.0]
-    budget = Budget(2, lambda: now[0])
-    waits = [budget.take(key) for key in range(1000)]
-    assert waits[:5] == [0, 0, 0.5, 1, 1.5]
-    assert len(set(waits[1:])) == 999, "else all come again at once, each time"
-    now[0] += 1
-    assert [budget.take(key) for key in (2, 4, 3)] == [0, 0.5, 0]
-    budget.forget(4)
-    assert budget.take(4) > 400, "a place that was given up is at the end"

@@ -33,11 +33,13 @@ REMEMBERED = 10000
 MAX_MESSAGE = 1024
 """Longest message the API server takes in an Event."""
 MAX_BACKLOG = 10000
-"""Events that wait to be written; of more, the oldest are dropped."""
+"""Events that wait to be written; of more, the oldest of whoever has the most are dropped."""
 WRITERS = 2
 """Events that are written at one time."""
 
 Now = Callable[[], datetime.datetime]
+Waits = tuple[Object, Event, datetime.datetime]
+"""An event about an OSFTJob, and when it happened."""
 
 
 def _now() -> datetime.datetime:
@@ -131,19 +133,59 @@ class Recorder:
         }
 
 
+class _Waiting:
+    """What waits to be written: each namespace in turn, in it the oldest first."""
+
+    def __init__(self) -> None:
+        self._namespaces: OrderedDict[str, deque[Waits]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, item: Waits, *, first: bool = False) -> None:
+        """Let it wait; `first` in its namespace for what was taken and not written."""
+        items = self._namespaces.setdefault(item[0]["metadata"]["namespace"], deque())
+        (items.appendleft if first else items.append)(item)
+        self._length += 1
+
+    def take(self) -> Waits:
+        """The next one."""
+        namespace, items = self._namespaces.popitem(last=False)
+        item = items.popleft()
+        if items:
+            self._namespaces[namespace] = items
+        self._length -= 1
+        return item
+
+    def drop(self) -> str:
+        """Drop the oldest of the namespace that has the most; its name."""
+        longest = max(self._namespaces, key=lambda each: len(self._namespaces[each]))
+        self._namespaces[longest].popleft()
+        self._length -= 1
+        return longest
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._namespaces.clear()
+        self._length = 0
+
+
 class Backlog(Recorder):
     """A recorder that writes after its caller has gone on."""
 
     def __init__(self, cluster: Cluster, instance: str, *, now: Now = _now) -> None:
         super().__init__(cluster, instance, now=now)
-        self._waiting: deque[tuple[Object, Event, datetime.datetime]] = deque(maxlen=MAX_BACKLOG)
+        self._waiting = _Waiting()
         self._added = asyncio.Event()
 
     async def record(self, job: Object, event: Event) -> None:
         """Say something about an OSFTJob that happens now, soon."""
-        if len(self._waiting) == MAX_BACKLOG:
-            logger.warning("%d events wait; the oldest is lost", MAX_BACKLOG)
-        self._waiting.append((job, event, self._now()))
+        self._waiting.add((job, event, self._now()))
+        if len(self._waiting) > MAX_BACKLOG:
+            namespace = self._waiting.drop()
+            words = "%d events wait; the oldest is lost, of namespace %s, which has the most"
+            logger.warning(words, MAX_BACKLOG, namespace)
         self._added.set()
 
     async def run(self) -> None:
@@ -164,14 +206,14 @@ class Backlog(Recorder):
                 self._added.clear()
 
     async def _write_next(self) -> None:
-        job, event, happened = self._waiting.popleft()
+        job, event, happened = self._waiting.take()
         try:
             # one that cannot even be made must not end the operator, nor hold up the others
             with set_aside("event", f"{event.reason} of {job['metadata'].get('name')}"):
                 await self._say(job, event, happened)
         except asyncio.CancelledError:
             # Said once more by drain, and counted twice if the server had taken it.
-            self._waiting.appendleft((job, event, happened))
+            self._waiting.add((job, event, happened), first=True)
             raise
         except LeaseLost:
             # Another operator leads now: what is left to say is its own to say.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -126,14 +126,18 @@ class PollOrder:
         self._lanes: dict[tuple[Key, PollTarget], Lane] = {}
         self._turns = {lane: _Turns() for lane in Lane}
         self._pods: dict[Key, dict[PollTarget, Asked]] = {}
+        self._jobs: Counter[str] = Counter()
         self._due: list[tuple[float, int, Key, PollTarget]] = []
         self._numbers = itertools.count()
 
     def set(self, key: Key, targets: Sequence[PollTarget]) -> bool:
         """Ask these pods of a job from now on, and no others; whether there are new ones."""
         if not targets:
-            self._pods.pop(key, None)
+            if self._pods.pop(key, None) is not None:
+                self._jobs[key.namespace] -= 1
+                self._jobs += Counter()  # without those that have none left
             return False
+        self._jobs[key.namespace] += key not in self._pods
         known = self._pods.get(key, {})
         self._pods[key] = {}
         for pod in targets:
@@ -217,6 +221,10 @@ class PollOrder:
     def _has_place(self, lane: Lane) -> bool:
         all_places = sum(self._under_way.values())
         return all_places < self._places and self._under_way[lane] < self._limits[lane]
+
+    def crowd(self, namespace: str) -> int:
+        """As many jobs as if each namespace had as many as this one, and at most as there are."""
+        return min(len(self._pods), self._jobs[namespace] * len(self._jobs))
 
     def __len__(self) -> int:
         """Jobs whose pods are asked."""

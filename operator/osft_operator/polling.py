@@ -103,9 +103,9 @@ class Poller:
         answers = self._answers.get(key, {})
         self._answers[key] = {pod: answers[pod] for pod in targets if pod in answers}
 
-    def __len__(self) -> int:
-        """Jobs whose pods are asked."""
-        return len(self._order)
+    def crowd(self, namespace: str) -> int:
+        """With how many jobs one of a namespace shares what there is, each namespace its part."""
+        return self._order.crowd(namespace)
 
     def heard(self, key: Key) -> Heard:
         """What is known from a job's rank 0."""

@@ -304,7 +304,7 @@ class Reconciler:
 
     def _until_write(self, key: Key) -> float:
         last = self._written.get(key, float("-inf"))
-        interval = max(self._write_seconds, len(self._poller) / WRITES_PER_SECOND)
+        interval = max(self._write_seconds, self._poller.crowd(key.namespace) / WRITES_PER_SECOND)
         return max(0.0, last + interval - self._clock())
 
     def _forget(self, key: Key) -> None:

@@ -169,13 +169,14 @@ def test_a_job_that_stood_still_until_its_end_is_not_counted() -> None:
 
 FOR_ROOM = (
     "Starting", "PodsStarting", "Waiting", "Unschedulable", "ClaimPending", "PodsNotCreated",
-    "NodeLost", "InitStuck", "PyTorchJobKindMissing", "FailedAttachVolume",
+    "NodeLost", "InitStuck", "PyTorchJobKindMissing", "FailedAttachVolume", "WriteFailed",
 )  # fmt: skip
 """Reasons that the cluster or its administrator sees to."""
 FOR_ITS_AUTHOR = (
     "NameTaken", "ClaimTaken", "ClaimNotFound", "ClaimTerminating", "ClaimNotShared",
     "ClaimDiffers", "ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName",
-    "CreateContainerConfigError", "FailedMount", "InitContainerFailing",
+    "CreateContainerConfigError", "FailedMount", "InitContainerFailing", "PodsNotEnding",
+    "FolderInUse",
 )  # fmt: skip
 
 
@@ -192,6 +193,15 @@ def test_who_waits_for_its_author_does_not_wait_for_gpus(
     now = START + datetime.timedelta(seconds=100)
     Survey(per_job=False).take([body("a", "Starting", told, gpus=1)], now)
     assert (value("osftjob_oldest_waiting_seconds", gpu="true") > 0) == counts
+
+
+def test_a_restart_that_is_held_up_waits_and_one_that_goes_on_does_not() -> None:
+    for reason, counts in (("Restarting", False), ("NodeLost", True), ("WriteFailed", True)):
+        told = {"reason": reason}
+        told |= {"conditions": [{**condition("Running", "False", later(0)), "reason": reason}]}
+        now = START + datetime.timedelta(seconds=100)
+        Survey(per_job=False).take([body("a", "Restarting", told, gpus=1)], now)
+        assert (value("osftjob_oldest_waiting_seconds", gpu="true") > 0) == counts
 
 
 def is_denied(world: World) -> None:

@@ -149,6 +149,7 @@ def test_a_node_that_does_not_answer_is_named_with_the_cure(
         decision = world.settle()
         running_ = world.condition("Running")
         assert running_["reason"] == world.status["reason"] == "NodeLost"
+        assert world.status["phase"] == ("Pending" if way is applied_again else "Restarting")
         for words in (
             LOST,
             "since 20",

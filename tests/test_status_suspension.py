@@ -38,6 +38,31 @@ def test_suspend_and_resume_in_a_queue_gives_the_quota_back() -> None:
     assert world.status["restarts"] == 0
 
 
+@pytest.mark.parametrize("labels", [{}, {QUEUE_LABEL: "team"}])
+def test_suspended_is_said_only_once_no_pod_is_left(labels: dict[str, str]) -> None:
+    world = running({"spec.activeDeadlineSeconds": 100}, labels=labels)
+    world.lingers = True
+    world.edit(suspend=True)
+    world.step()
+    assert (world.status["phase"], world.status["reason"]) == ("Suspending", "Suspending")
+    assert world.condition("Running")["status"] == "True", "its pods train on"
+    assert world.settle().poll, "and are asked on"
+    assert world.condition("Suspended")["status"] == "False"
+    assert "pod sample-master-0 ends since" in world.condition("Suspended")["message"]
+    assert world.status["waitingFor"]["name"] == "sample-master-0"
+    world.wait(120)
+    world.settle()
+    assert world.status["phase"] == "Suspending", "no deadline counts while it stops"
+    world.wait(600)
+    world.settle()
+    assert (world.status["phase"], world.status["reason"]) == ("Suspending", "NodeLost")
+    world.pods_end()
+    world.settle()
+    assert (world.status["phase"], world.status["reason"]) == ("Suspended", "SuspendRequested")
+    assert world.condition("Running")["status"] == "False"
+    assert world.events.count("SuspendRequested") == 1
+
+
 def test_a_job_that_begins_suspended_makes_nothing() -> None:
     world = World({"spec.suspend": True})
     world.settle()

@@ -176,7 +176,8 @@ class _Counts:
         if phase == "Running":
             self.stalled += find_condition(status, "Stalled").get("status") == "True"
             self.without_loss += _lost(status)
-        if phase in WAITING and _may_begin(status):
+        held_up = phase == "Restarting" and status.get("reason") != "Restarting"
+        if (phase in WAITING or held_up) and _may_begin(status):
             gpu = "true" if _wants_gpus(body) else "false"
             self.waits[gpu] = max(self.waits[gpu], _waited(body, status, now))
 

@@ -140,8 +140,8 @@ def phase(status: Object) -> tuple[str, str]:
     begun = "pyTorchJobUID" in status
     if accepted.get("status") == "False" and not begun:
         return "Pending", accepted.get("reason", "")
-    held_up = running.get("reason") in (*ENDING, WRITE_FAILED)
-    restarts_after = held_up and status.get("attempt", 1) > 1
+    held_up = (*ENDING, WRITE_FAILED) if begun else (*ENDING, WRITE_FAILED, *STUCK)
+    restarts_after = running.get("reason") in held_up and status.get("attempt", 1) > 1
     if running.get("reason") == "Restarting" or restarts_after:
         return "Restarting", running["reason"]
     begun = begun or running.get("reason") in STARTING

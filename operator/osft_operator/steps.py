@@ -192,6 +192,7 @@ def _end_beside(draft: Draft, left: sidecars.Outliving) -> None:
 def _see_off(draft: Draft, run: RunPolicy, current: Object, pods: list[Object]) -> None:
     predecessors.explain(draft, [current], pods)
     suspension.under_way(draft, run)
+    draft.poll = gang.poll_targets(run, current, pods)
 
 
 def _past_deadline(draft: Draft, run: RunPolicy) -> bool:

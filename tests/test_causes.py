@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from osft_operator import causes
+from osft_operator.cache import Cache
+from osft_operator.kinds import PODS
 from osft_operator.observed import text_of
+from osft_operator.queue import Key
 from world import START, World, last_words, running
 
 RESET = "RuntimeError: [pair.cc:553] Connection reset by peer [10.0.0.3]:41352"
@@ -92,6 +95,7 @@ class Watched:
 
     status: dict[str, Any] = field(default_factory=lambda: {"attempt": 1})
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gone: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.runs("True", -1000)
@@ -100,13 +104,24 @@ class Watched:
         condition = {"type": "Running", "status": value, "lastTransitionTime": later(at)}
         self.status["conditions"] = [condition]
 
+    def miss(self, body: dict[str, Any], at: float = 60) -> None:
+        """A pod fails and is deleted before the operator looks; its watch tells of it."""
+        cache = Cache()
+        labels = {"osft.dev/job": "run"}
+        metadata = {**body["metadata"], "namespace": "ns", "uid": "u", "labels": labels}
+        start = {**body, "metadata": {**metadata, "resourceVersion": "1"}, "status": {}}
+        cache.put(PODS, start)
+        cache.remove(PODS, {**body, "metadata": {**metadata, "resourceVersion": "2"}})
+        self.gone = cache.failed_and_gone(Key("ns", "run"))
+        self.look(at)
+
     def see(self, body: dict[str, Any], at: float = 60) -> None:
         self.pods[body["metadata"]["name"]] = body
         self.look(at)
 
     def look(self, at: float = 60) -> None:
         now = START + datetime.timedelta(seconds=at)
-        causes.record(self.status, list(self.pods.values()), now)
+        causes.record(self.status, list(self.pods.values()), now, gone=self.gone)
 
     @property
     def reason(self) -> str:
@@ -128,6 +143,29 @@ def test_the_cause_is_kept_in_every_order(body: dict[str, Any], reason: str, goe
                     watched.look()
             assert watched.reason == reason, [each["metadata"]["name"] for each in order]
             assert watched.status["failure"]["pod"] == "lost"
+
+
+@pytest.mark.parametrize("kind", ["evicted", "drained", "preempted", "node lost, noticed late"])
+def test_a_pod_that_was_deleted_before_anybody_looked_is_evidence(kind: str) -> None:
+    body, reason = CAUSES[kind]
+    watched = Watched()
+    watched.runs("False", 1)
+    watched.pods["a"] = follower("a", 2)
+    watched.miss(body)
+    assert watched.reason == reason
+    watched.runs("True", 400)
+    watched.see(follower("a", 500), 501)
+    assert watched.reason == "Crashed", "its evidence is of the round before"
+
+
+@pytest.mark.parametrize(
+    "body", [crashed(0), pod("a", 0, 0), pod("a", 40, 143, phase="Failed")], ids=range(3)
+)
+def test_a_pod_that_was_told_to_end_leaves_no_evidence(body: dict[str, Any]) -> None:
+    body["metadata"] |= {"deletionTimestamp": later(30), "deletionGracePeriodSeconds": 30}
+    watched = Watched()
+    watched.miss(body)
+    assert "failure" not in watched.status
 
 
 @pytest.mark.parametrize("late", [5, 100, 620])

@@ -32,6 +32,10 @@ WATCHED = (OSFTJOBS, PYTORCHJOBS, PODS, CLAIMS)
 """The kinds that are watched and listed."""
 REMEMBERED_UIDS = 20000
 """Deleted objects that are remembered, so that a late answer does not bring them back."""
+TAKEN = "DisruptionTarget"
+"""The condition of a pod that the cluster takes away."""
+REMEMBERED_FAILURES = 1000
+"""Pods that failed and were deleted, of all jobs, whose last state is kept."""
 REPLICA_SPECS = "pytorchReplicaSpecs"
 """Here only the numbers are read, never the pods' templates."""
 RUN_FOLDER = "runFolder"
@@ -71,6 +75,7 @@ class Cache:
         self._children: dict[Kind, dict[Key, set[str]]] = {kind: {} for kind in WATCHED}
         self._writers: dict[tuple[str, RunFolder], set[str]] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
+        self._failed: OrderedDict[str, tuple[Key, Object]] = OrderedDict()
 
     def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
         """One object, or None."""
@@ -84,6 +89,13 @@ class Cache:
         """Objects of a kind whose label names this OSFTJob, by name. Owners are not compared."""
         names = sorted(self._children[kind].get(key, ()))
         return [self._objects[kind][key.namespace, name] for name in names]
+
+    def failed_and_gone(self, key: Key) -> list[Object]:
+        """The last state of an OSFTJob's pods that failed and are gone, as far as remembered.
+
+        A controller deletes a failed pod within milliseconds: no pass may come in between.
+        """
+        return [body for owner, body in self._failed.values() if owner == key]
 
     def jobs(self) -> list[Key]:
         """Every OSFTJob."""
@@ -103,6 +115,8 @@ class Cache:
         kept = trimmed(kind, body)
         if known and _belongs(kind, known) != _belongs(kind, kept):
             self._unlink(kind, known)
+        if known and known["metadata"]["uid"] != metadata["uid"]:
+            self._bury(kind, known)
         self._objects[kind][name] = kept
         if (folder := _folder_of(kind, kept)) is not None:
             self._writers.setdefault((metadata["namespace"], folder), set()).add(metadata["name"])
@@ -125,6 +139,7 @@ class Cache:
         if known is None or known["metadata"]["uid"] != metadata["uid"]:
             return None
         self._unlink(kind, known)
+        self._bury(kind, trimmed(kind, body) if _newer(body, known) else known)
         del self._objects[kind][metadata["namespace"], metadata["name"]]
         return job_of(kind, known)
 
@@ -154,6 +169,19 @@ class Cache:
         """The training pods, of whatever OSFTJob, that write to a folder; by name."""
         found = sorted(self._writers.get((namespace, folder), ()))
         return [self._objects[PODS][namespace, name] for name in found]
+
+    def _bury(self, kind: Kind, body: Object) -> None:
+        key = job_of(kind, body)
+        if kind is OSFTJOBS and key is not None:
+            self._failed = OrderedDict(
+                (uid, each) for uid, each in self._failed.items() if each[0] != key
+            )
+        status = body.get("status") or {}
+        taken = any(each.get("type") == TAKEN for each in status.get("conditions") or ())
+        if kind is PODS and key is not None and (taken or status.get("phase") == "Failed"):
+            self._failed[body["metadata"]["uid"]] = (key, body)
+            if len(self._failed) > REMEMBERED_FAILURES:
+                self._failed.popitem(last=False)
 
     def _unlink(self, kind: Kind, body: Object) -> None:
         if (folder := _folder_of(kind, body)) is not None:

@@ -43,9 +43,14 @@ _NETWORK = re.compile(
 """What a rank says when another one is gone, or the way to it."""
 
 
-def cause(pods: Sequence[Object]) -> Ended | None:
-    """The failure that explains the newest round of failures; None when nothing failed."""
-    found = failure.ends(pods)
+def cause(pods: Sequence[Object], others: Sequence[Ended] = ()) -> Ended | None:
+    """The failure that explains the newest round of failures; None when nothing failed.
+
+    Args:
+        pods: what is there.
+        others: further failures, of pods that are gone.
+    """
+    found = [*failure.ends(pods), *others]
     if not found:
         return None
     finals = [ended for ended in found if ended.is_final]
@@ -74,15 +79,24 @@ def known(status: Mapping[str, Any]) -> Ended | None:
     )
 
 
-def record(status: dict[str, Any], pods: Sequence[Object], now: datetime.datetime) -> None:
+def record(
+    status: dict[str, Any],
+    pods: Sequence[Object],
+    now: datetime.datetime,
+    *,
+    gone: Sequence[Object] = (),
+) -> None:
     """Keep in `status.failure` what explains the failures of the current attempt best.
 
     Args:
         status: the recorded one; changed in place.
         pods: those of the current attempt.
         now: the time, for what has none of its own.
+        gone: the last state of pods that failed and were deleted, maybe before anybody looked.
     """
-    found, kept = cause(pods), known(status)
+    kept = known(status)
+    unjudged = [ended for ended in failure.ends(gone) if _is_unjudged(ended, kept)]
+    found = cause(pods, unjudged)
     if found is None:
         return
     if kept is not None and _is_same(found, kept):
@@ -90,6 +104,13 @@ def record(status: dict[str, Any], pods: Sequence[Object], now: datetime.datetim
     found = _dated(found, now)
     if kept is None or _replaces(found, kept, find_condition(status, "Running")):
         status["failure"] = found.to_status(status.get("attempt", 1))
+
+
+def _is_unjudged(ended: Ended, kept: Ended | None) -> bool:
+    """Whether a pod that is gone failed since the failure that is kept: else it was weighed."""
+    if ended.finished is None or kept is None:
+        return ended.finished is not None
+    return ended.finished >= _time(kept) and not _is_same(ended, kept)
 
 
 def _replaces(found: Ended, kept: Ended, running: Object) -> bool:

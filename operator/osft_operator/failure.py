@@ -98,7 +98,7 @@ def lost(pods: Sequence[Object]) -> list[Ended]:
 
 def _is_evidence(ended: Ended, pod: Object) -> bool:
     """A pod that is being deleted was told to end: what it says from then on explains nothing."""
-    if not is_deleting(pod) or not ended.container:
+    if not is_deleting(pod) or (not ended.container and ended.reason != "PodFailed"):
         return True
     metadata = pod["metadata"]
     grace = datetime.timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)

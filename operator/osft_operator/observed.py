@@ -53,6 +53,8 @@ class Observed:
     """Pods with its label."""
     neighbours: Sequence[Object] = ()
     """Pods of other OSFTJobs that write to its folder, when an attempt is due."""
+    failed_and_gone: Sequence[Object] = ()
+    """The last state of pods that failed and were deleted, as far as it was heard."""
     claim: Object | None = None
     """The claim for checkpoints: its own or the user's."""
     progress: Progress | None = None
@@ -134,8 +136,16 @@ class Observed:
 
     def pods_of(self, job: Object) -> list[Object]:
         """The pods of a PyTorchJob, by its uid and not by their labels, which anybody can set."""
-        uid = job["metadata"].get("uid", "")
-        return [pod for pod in self.pods if controller(pod).get("uid") == uid]
+        return _controlled(self.pods, job)
+
+    def gone_pods_of(self, job: Object) -> list[Object]:
+        """Those that failed and are gone."""
+        return _controlled(self.failed_and_gone, job)
+
+
+def _controlled(pods: Sequence[Object], job: Object) -> list[Object]:
+    uid = job["metadata"].get("uid", "")
+    return [pod for pod in pods if controller(pod).get("uid") == uid]
 
 
 def controller(body: Object) -> Object:

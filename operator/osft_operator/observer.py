@@ -76,6 +76,7 @@ class Observer:
             pytorch_jobs=tuple(pytorch_jobs),
             pods=tuple(pods),
             neighbours=tuple(self._neighbours(key, job, pytorch_jobs)),
+            failed_and_gone=tuple(self._cache.failed_and_gone(key)),
             claim=claim,
             progress=heard.progress,
             progress_pod=heard.pod,

@@ -58,7 +58,7 @@ def derive(observed: Observed, now: datetime.datetime) -> Status:
     if not any(find_condition(status, end)["status"] == "True" for end in ("Failed", "Complete")):
         # later ends come from our own deletion, or are of pods whose work is done
         restarts.count(status, current, pods, replicas(current), now)
-        causes.record(status, pods, now)
+        causes.record(status, pods, now, gone=observed.gone_pods_of(current))
     # whoever answers now has gone on from the last words of before
     words = failure.last_progress(pods, ended_only=observed.progress is not None)
     for progress in (observed.progress, words):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from lupa import lua51
 
 import kstatus
 from job_samples import job
@@ -15,6 +17,10 @@ from osft_operator.decide import refused
 from osft_operator.internal_error import verdict
 from osft_operator.observed import Said
 from world import START, World, last_words
+
+HEALTH_CHECK = (
+    Path(__file__).parents[1] / "charts" / "osft-operator" / "files" / "argo-cd" / "health.lua"
+)
 
 
 def invalid() -> World:
@@ -63,10 +69,17 @@ def mended() -> World:
     return world
 
 
+def suspended() -> World:
+    world = World({"spec.suspend": True})
+    world.settle()
+    return world
+
+
 CASES: list[tuple[Callable[[], World], str, str, tuple[str, str]]] = [
     (invalid, "Pending", "Failed", ("True", "InvalidSpec")),
     (mended, "Starting", "InProgress", ("False", "NotStalled")),
     (running, "Running", "InProgress", ("False", "NotYet")),
+    (suspended, "Suspended", "InProgress", ("False", "NotYet")),
     (still, "Running", "Failed", ("True", "NoProgress")),
     (failed, "Failed", "Failed", ("True", "BadInput")),
     (complete, "Succeeded", "Current", ("False", "NotYet")),
@@ -87,6 +100,59 @@ def test_each_phase_is_seen_as_what_it_is(
     assert ready["reason"] == world.status["reason"]
     events = world.events
     assert len(events) == len(set(events)), "Stalled tells nobody of what another condition told"
+
+
+HEALTH = [
+    (invalid, "Degraded", "InvalidSpec: "),
+    (mended, "Progressing", "PodsStarting: "),
+    (running, "Progressing", "PodsRunning: 1 of 1 pods run"),
+    (suspended, "Suspended", "SuspendRequested: spec.suspend is true"),
+    (still, "Degraded", "NoProgress: "),
+    (failed, "Degraded", "BadInput: container pytorch of pod"),
+    (complete, "Healthy", "Done: the training is done"),
+]
+
+
+def health(body: dict[str, Any]) -> tuple[str, str]:
+    """What Argo CD shows: its Lua is 5.1, the object is `obj`, the answer a table."""
+    lua = lua51.LuaRuntime(unpack_returned_tuples=True)
+    lua.globals().obj = _table(lua, body)
+    answer = lua.execute(HEALTH_CHECK.read_text())
+    return answer["status"], answer["message"]
+
+
+def _table(lua: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return lua.table_from({name: _table(lua, each) for name, each in value.items()})
+    if isinstance(value, list):
+        return lua.table_from([_table(lua, each) for each in value])
+    return value
+
+
+@pytest.mark.parametrize(("made", "seen", "words"), HEALTH)
+def test_argo_cd_shows_the_health_of_a_job(
+    made: Callable[[], World], seen: str, words: str
+) -> None:
+    world = made()
+    status, message = health(world.body)
+    assert status == seen
+    assert message.startswith(words)
+    world.body["metadata"]["generation"] += 1
+    assert health(world.body)[0] == "Progressing", "the status is about an earlier spec"
+
+
+@pytest.mark.parametrize("status", [None, {}, {"observedGeneration": -1}, {"phase": "Pending"}])
+def test_argo_cd_waits_for_the_operator(status: dict[str, Any] | None) -> None:
+    body: dict[str, Any] = job(generation=1)
+    if status is not None:
+        body["status"] = status
+    assert health(body)[0] == "Progressing"
+
+
+def test_argo_cd_shows_how_far_a_run_is() -> None:
+    world = running()
+    world.body["status"]["progress"] = {"summary": "42% 840/2000"}
+    assert health(world.body) == ("Progressing", "42% 840/2000")
 
 
 def test_a_failure_says_in_both_what_happened() -> None:

@@ -64,6 +64,14 @@ def test_defaults_are_visible_and_status_has_none() -> None:
     assert filled == {".status"}, "it says only that nobody has looked at the job yet"
 
 
+def test_an_operator_of_another_version_can_write_its_status() -> None:
+    """No choices that a newer one may have more of, and nothing that an older one may lack."""
+    status = [(path, field) for path, field in FIELDS if path.startswith(".status")]
+    assert [path for path, field in status if "enum" in field] == [".status.conditions[].status"]
+    required = {path: field["required"] for path, field in status if "required" in field}
+    assert required == {".status.conditions[]": ["type"]}
+
+
 def test_nothing_is_filled_in_inside_of_lists() -> None:
     """Argo CD compares lists whole: a default in one is a difference that no sync removes."""
     filled = [path for path, field in FIELDS if "[]" in path and "default" in field]

@@ -105,7 +105,7 @@ def schema() -> Object:
             "kind": {"type": "string", "description": names.KIND},
             "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
             "spec": structural(JobSpec),
-            "status": structural(JobStatus),
+            "status": _open(structural(JobStatus)),
         },
     }
     # else kstatus takes a job that the operator has not seen yet for one that is as it should be
@@ -116,9 +116,24 @@ def schema() -> Object:
     for path, key in LIST_KEYS.items():
         keyed = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
         _at(root, path).update(keyed)
+        # the server wants it of a key
+        _at(root, path)["items"].setdefault("required", [key])
     for rule in (*RULES, *FIXED):
         _at(root, rule.at).setdefault("x-kubernetes-validations", []).append(rule.to_dict())
     return root
+
+
+def _open(status: Object) -> Object:
+    """A schema in which nothing is required.
+
+    An operator that is older than the definition writes what it knows, and must be able to.
+    """
+    kept = {name: value for name, value in status.items() if name != "required"}
+    if "properties" in kept:
+        kept["properties"] = {name: _open(part) for name, part in kept["properties"].items()}
+    if "items" in kept:
+        kept["items"] = _open(kept["items"])
+    return kept
 
 
 def _at(root: Object, path: str) -> Object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from osft_trainer.base_weights import read_header
 from osft_trainer.config import TrainingParameters
 from osft_trainer.export import base_digest
 from osft_trainer.memory import converted, empty_model, memory_of
@@ -317,11 +319,14 @@ def test_the_table_names_everything(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_is_not_read_for_a_plan(base: Path, tmp_path: Path) -> None:
-    """Without energies the configuration is enough: weights of any size are planned at once."""
+    """Without energies what the files hold is enough: weights of any size are planned at once."""
     bare = tmp_path / "bare"
-    bare.mkdir()
-    for path in base.iterdir():
-        (bare / path.name).write_bytes(b"" if path.suffix == ".safetensors" else path.read_bytes())
+    shutil.copytree(base, bare)
+    weights = bare / "model.safetensors"
+    with weights.open("r+b") as file:
+        size = weights.stat().st_size
+        file.truncate(len(read_header(weights).raw))
+        file.truncate(size)  # a hole instead of numbers
     told = tiny.training(bare, base.parent / "data.jsonl", tmp_path / "out")
     assert make_report(told, processes=1, device="cuda", energy=False).compute_dtype == "bfloat16"
     assert base_digest(bare) != base_digest(base)

@@ -23,8 +23,8 @@ from osft_trainer import __main__ as rank_main
 from osft_trainer import loop
 from osft_trainer.arguments import TrainerArguments
 from osft_trainer.config import RunParameters, TrainingParameters
-from osft_trainer.identity import Fingerprint, claim
-from osft_trainer.report import TERMINATION_LOG_ENV, RunFolder
+from osft_trainer.identity import Fingerprint, OwnerRecord, claim
+from osft_trainer.report import TERMINATION_LOG_ENV, RunFolder, read_document
 
 STEP = 3
 """The one that something happens in."""
@@ -75,7 +75,9 @@ def a_limit_of_memory(root: Path, real: Callable[..., Any], *told: Any) -> Any:
 
 def a_newer_attempt(root: Path, real: Callable[..., Any], *told: Any) -> Any:
     newer = RunParameters(run_id=tiny.RUN_ID, attempt=2)
-    claim(RunFolder(root), newer, Fingerprint({"data": "", "model": ""}))
+    owner = read_document(RunFolder(root).owner, OwnerRecord)
+    assert owner is not None
+    claim(RunFolder(root), newer, Fingerprint(owner.parts))
     return real(*told)
 
 

@@ -44,6 +44,9 @@ def test_training_ids_are_as_ever_where_nothing_was_lost(
 ) -> None:
     """Digests that were made before anything was looked for. One template's turns had no end."""
     recorded = json.loads(GOLDEN.read_text()).get(path.stem)
+    if path.stem == "glm4moe":
+        assert recorded is None
+        return
     template = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     if recorded is None or recorded["template"] != template:
         pytest.skip("no digest of this template")
@@ -213,12 +216,14 @@ PARIS, ROME = (
     {"name": "fly", "arguments": {"to": city, "by": ["plane", {"seats": 2}]}}
     for city in ("Paris", "Rome")
 )
+ZÜRICH = {"name": "fly", "arguments": {"to": "Zürich, 1. Stock\nlinks", "by": ["plane"]}}
 
 
 @pytest.mark.parametrize(
     ("written", "calls", "refusal"),
     [
         ("{{ c | tojson }}", [PARIS, ROME], None),
+        ("{{ c | tojson(ensure_ascii=True) }}", [ZÜRICH], None),
         ("{{ c.name }}({{ c.arguments | tojson }})", [PARIS, PARIS], None),
         ("{% if loop.first %}{{ c | tojson }}{% endif %}", [PARIS, PARIS], "calls 'fly', which"),
         ("{% if loop.first %}{{ c | tojson }}{% endif %}", [PARIS, ROME], "calls 'fly', which"),

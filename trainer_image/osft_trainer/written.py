@@ -12,6 +12,7 @@ the text, and only where some are missing do further renderings tell whether the
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ def _check_calls(dialogue: Dialogue, index: int, turn: str) -> None:
                 "use a template with tool calls, and one call a turn if it knows no more"
             )
         for text in _texts_in(function.get("arguments")):
-            if any(word not in turn for word in _WORD.findall(text)):
+            spellings = (text, json.dumps(text))
+            if not any(all(word in turn for word in _WORD.findall(each)) for each in spellings):
                 raise ValueError(
                     f"message {index + 1} calls {name!r} with {text[:80]!r}, which the chat "
                     "template does not write: use a template that writes the arguments of calls"

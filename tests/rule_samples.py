@@ -81,6 +81,18 @@ SCHEMA = [
         {"spec.resources": {"limits": {"cpu": "many"}}},
         "spec.resources.limits",
     ),
+    Sample(
+        "limits-counted",
+        {"spec.resources": {"limits": {"memory": "7Ei", "cpu": 10**17, "nvidia.com/gpu": "1e1"}}},
+        {"spec.resources": {"limits": {"nvidia.com/gpu": "1e999"}}},
+        "spec.resources.limits",
+    ),
+    Sample(
+        "requests-counted",
+        {"spec.resources": {"requests": {"cpu": "1e-9", "memory": "+.5Gi"}}},
+        {"spec.resources": {"requests": {"memory": "8Ei"}}},
+        "spec.resources.requests",
+    ),
     Sample("relative", {f"{C}.mountPath": "/a"}, {f"{C}.mountPath": "a"}, "mountPath"),
     Sample(
         "grace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from job_samples import Object, job
 from osft_operator import crd
+from osft_operator.crd_rules import GPUS, RULES
 from osft_operator.spec import OSFTJob
 
 ROOT = Path(__file__).parent.parent
@@ -119,3 +121,17 @@ def test_a_text_that_must_say_something_is_not_blank() -> None:
 def test_what_is_written_is_kept_as_it_is() -> None:
     body = job({"spec.env": [{"name": "A", "value": " x "}]})
     assert OSFTJob.model_validate(body).spec.env[0].value == " x "
+
+
+def test_rules_about_amounts_are_cheap_enough_for_servers_that_do_not_see_their_length() -> None:
+    """Before Kubernetes 1.34 a number or text counts as long as a request, whatever maxLength is.
+
+    A match costs a tenth of its text times a quarter of its pattern; a rule may cost ten million.
+    """
+    request, budget = 3 * 2**20, 10_000_000
+    found = [rule for rule in RULES if rule.at == "spec.resources"]
+    for rule in found:
+        patterns = re.findall(r"matches\('([^']*)'\)", rule.rule)
+        cost = sum(request * 0.1 * max(1, len(each) * 0.25) for each in patterns) * len(GPUS)
+        assert 0 < cost < budget / 2, rule.rule
+    assert len(found) == 2

@@ -27,6 +27,7 @@ from osft_operator.local_pods import pods
 from osft_operator.policy import denials
 from osft_operator.render import checkpoint_claim, pytorch_job, resolve
 from osft_operator.resolved import RenderSettings
+from osft_operator.resources import WHOLE_WORDS
 from osft_operator.spec import OSFTJob, problems
 from osft_trainer.arguments import from_argv
 
@@ -146,9 +147,9 @@ def _try(plane: ControlPlane, namespace: str, body: Object, touched: list[Path])
             _names_a_field(line, touched)
         return False
     assert seen is not None
-    if excess(body) is not None:  # what no rule of the definition can see
-        assert told == [excess(body)]
-        _names_a_field(told[0], touched)
+    if excess(body) is not None or all(map(_is_for_the_operator_to_see, told or [""])):
+        for line in told:
+            _names_a_field(line, touched)
         return False
     assert told == [], f"only the model refuses\n{json.dumps(body)}"
     seen["metadata"]["uid"] = "00000000-0000-4000-8000-000000000000"
@@ -168,6 +169,11 @@ def _ask(
         return plane.api.post(path, body), None
     except ApiError as error:
         return None, error
+
+
+def _is_for_the_operator_to_see(line: str) -> bool:
+    """Whether no rule of the definition could say it, or none that is cheap enough."""
+    return line.startswith("spec.resources") and (WHOLE_WORDS in line or "a quantity" in line)
 
 
 def _names_a_field(message: str, touched: list[Path]) -> None:

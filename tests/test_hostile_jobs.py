@@ -24,6 +24,7 @@ from cluster.fixtures import own_crds
 from operator_thread import OperatorThread
 from osft_operator import reconcile
 from osft_operator.metrics import registry
+from osft_operator.resources import QUANTITY_PATTERN
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 
@@ -41,9 +42,9 @@ def _deep(levels: int) -> str:
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
-    "gpus": ({LIMITS: {"nvidia.com/gpu": "1e999"}}, "InvalidSpec", "beyond what Kubernetes can"),
+    "gpus": ({LIMITS: {"nvidia.com/gpu": "1e999"}}, "InvalidSpec", "a quantity below 8E"),
     "half": ({LIMITS: {"nvidia.com/gpu": "0.5"}}, "InvalidSpec", "whole numbers"),
-    "exponent": ({LIMITS: {"cpu": "1e999999999999999999"}}, "InvalidSpec", "beyond what"),
+    "exponent": ({LIMITS: {"cpu": "1e999999999999999999"}}, "InvalidSpec", "a quantity below 8E"),
     "sidecar": (
         {f"{POD}.containers": [{"name": "s", "resources": {"limits": {"a/b": "1e99"}}}]},
         "Denied",
@@ -113,18 +114,20 @@ class Scene:
 @contextmanager
 def _older_definition(plane: ControlPlane, scene: Scene) -> Iterator[None]:
     """The definition without rules about amounts, as an older release left it."""
-    (crd,), amounts = own_crds(), HOSTILE["gpus"][0]
+    (crd,), strange = own_crds(), HOSTILE["gpus"][0]
     older = copy.deepcopy(crd)
     (version,) = older["spec"]["versions"]
     spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
     del spec["resources"]["x-kubernetes-validations"]
+    for amounts in spec["resources"]["properties"].values():
+        amounts["additionalProperties"]["pattern"] = QUANTITY_PATTERN
     try:
         plane.install_crd(older)
-        wait_for("the older definition", lambda: scene.takes(amounts))
+        wait_for("the older definition", lambda: scene.takes(strange))
         yield
     finally:
         plane.install_crd(crd)
-        wait_for("the definition", lambda: not scene.takes(amounts))
+        wait_for("the definition", lambda: not scene.takes(strange))
 
 
 def test_hostile_jobs_are_set_aside_and_a_healthy_one_starts_as_soon_as_ever(

@@ -16,22 +16,31 @@ QUANTITY_PATTERN = (
     r"^([+]?([0-9]+(\.[0-9]*)?|\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE][-+]?[0-9]+))?$"
 )
 """The API server's grammar of a quantity that is not negative."""
+
+
+def _digits(most: int, first: str = "[0-9]") -> str:
+    """Numbers of at most so many digits before the point."""
+    return f"({first}{{1,{most}}}([.][0-9]*)?|[.][0-9]+)"
+
+
 COUNTED_PATTERN = (
     "^[+]?0*("
-    "[0-9]{0,18}([.][0-9]*)?([num]|[eE]-0*[0-9]{1,2})?|"
-    "[0-9]{0,15}([.][0-9]*)?(k|Ki)|"
-    "[0-9]{0,12}([.][0-9]*)?Mi?|"
-    "[0-9]{0,9}([.][0-9]*)?(Gi?|[eE][+]?0*[0-9])|"
-    "[0-9]{0,6}([.][0-9]*)?Ti?|"
-    "[0-9]{0,3}([.][0-9]*)?Pi?|"
-    "[0-7]?([.][0-9]*)?Ei?|"
-    "[0-9]?([.][0-9]*)?[eE][+]?0*1[0-7]"
+    f"{_digits(18)}([num]|[eE]-0*[0-9]{{1,2}})?|"
+    f"{_digits(15)}(k|Ki)|"
+    f"{_digits(12)}Mi?|"
+    f"{_digits(9)}(Gi?|[eE][+]?0*[0-9])|"
+    f"{_digits(6)}Ti?|"
+    f"{_digits(3)}Pi?|"
+    f"{_digits(1, '[0-7]')}Ei?|"
+    f"{_digits(1)}[eE][+]?0*1[0-7]"
     ")$"
 )
 """A quantity below 8E: beyond, Kubernetes cuts the number, or cannot read it."""
 WHOLE_PATTERN = "^[+]?([0-9]+([.]0*)?([kMGTPE]|[KMGTPE]i|[eE][+]?[0-9]+)?|[0-9]*000m)$"
 """A quantity that is written as a whole number."""
 
+FRACTION_PATTERN = "[.]0*[1-9]"
+"""Found in a quantity that is no whole number; the shortest, for rules that may not cost much."""
 COUNTED_WORDS = "is beyond what Kubernetes can count: write a number below 8E, for instance 100Gi"
 WHOLE_WORDS = "an extended resource is counted in whole numbers: write for instance 1"
 

@@ -22,7 +22,12 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from osft_operator.resources import COUNTED_WORDS, QUANTITY_PATTERN, is_counted
+from osft_operator.resources import (
+    COUNTED_PATTERN,
+    COUNTED_WORDS,
+    QUANTITY_PATTERN,
+    is_counted,
+)
 from osft_trainer.parameters import TEXT_PATTERN, WHITE_SPACE, Parameters, Text
 
 ABSOLUTE_PATH_PATTERN = rf"^(/[^/:]+)*/[^/:]*[^/:{WHITE_SPACE}]$"
@@ -33,6 +38,7 @@ KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
 
 PATTERN_WORDS = {
     QUANTITY_PATTERN: "must be a quantity, for instance 100Gi, 4 or 500m",
+    COUNTED_PATTERN: "must be a quantity below 8E, for instance 100Gi, 4 or 500m",
     ABSOLUTE_PATH_PATTERN: "must be an absolute path without `:`, a last `/` or white space at its "
     "end, for instance /data",
     TEXT_PATTERN: "must not be blank, nor begin or end with white space",
@@ -62,10 +68,12 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_NAME
 AbsolutePath = Annotated[str, Field(min_length=2, max_length=512, pattern=ABSOLUTE_PATH_PATTERN)]
 SubPath = Annotated[Text, Field(max_length=512)]
 ResourceQuantity = Annotated[
-    Quantity,
+    str,
+    Field(min_length=1, max_length=32, pattern=COUNTED_PATTERN),
     BeforeValidator(_as_text),
+    # all in the pattern: of a number or text, rules cost too much before Kubernetes 1.34
     WithJsonSchema(
-        {"x-kubernetes-int-or-string": True, "maxLength": 32, "pattern": QUANTITY_PATTERN}
+        {"x-kubernetes-int-or-string": True, "maxLength": 32, "pattern": COUNTED_PATTERN}
     ),
 ]
 KeyName = Annotated[str, Field(min_length=1, max_length=253, pattern=KEY_PATTERN)]

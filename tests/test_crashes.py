@@ -35,8 +35,8 @@ CHANGING = (
 )
 
 
-class Crash(Exception):
-    """The end of the process."""
+class Crash(BaseException):
+    """The end of the process, which no handler of errors outlives."""
 
 
 class Mortal:
@@ -48,14 +48,14 @@ class Mortal:
         self._at, self._after = at, after
         cluster._raw = self._call  # type: ignore[method-assign]
 
-    def _call(self, method: str, kind: Kind, url: str, body: Object | None) -> bytes:
+    def _call(self, method: str, kind: Kind, url: str, body: Object | None, *more: Any) -> bytes:
         if method == "GET" or kind is LEASES:
-            return self._raw(method, kind, url, body)
+            return self._raw(method, kind, url, body, *more)
         self.writes += 1
         dies = self.writes == self._at
         if dies and not self._after:
             raise Crash
-        answer = self._raw(method, kind, url, body)
+        answer = self._raw(method, kind, url, body, *more)
         if dies:
             raise Crash
         return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -103,6 +103,47 @@ def test_a_text_that_looks_like_a_flag_is_a_value(text: str) -> None:
 def test_a_rendezvous_id_means_the_same_on_both_sides(identity: int | str) -> None:
     arguments = TrainerArguments(training(), launch=LaunchParameters(rdzv_id=identity))
     assert str(from_argv(arguments.to_argv()).launch.rdzv_id) == str(identity)
+
+
+NUMBERS = [
+    name
+    for name, field in TrainingParameters.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
+SWITCHES = [
+    name for name, field in TrainingParameters.model_fields.items() if field.annotation is bool
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_truth_value_is_no_number(name: str, value: bool) -> None:
+    """unfreeze_rank_ratio=True would be full fine-tuning."""
+    with pytest.raises(ValidationError) as caught:
+        training(**{name: value})
+    assert f"{name}: must be a number, and {str(value).lower()} is none" in explain(caught.value)[0]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", [1, 0, "true", "no"])
+def test_a_number_or_text_is_no_truth_value(name: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        training(**{name: value})
+    assert f"{name}: must be true or false, without quotes" in explain(caught.value)[0]
+
+
+def test_on_a_command_line_all_is_text() -> None:
+    told = training(use_liger=False, unfreeze_rank_ratio=1, num_epochs=3)
+    assert from_argv(TrainerArguments(told).to_argv()).training == told
+    with pytest.raises(ValueError, match="unfreeze_rank_ratio"):
+        from_argv([*TrainerArguments(told).to_argv(), "--unfreeze-rank-ratio=true"])
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_processes_and_nodes_are_no_truth_values(value: bool) -> None:
+    for name in ("nproc_per_node", "nnodes", "node_rank", "master_port"):
+        with pytest.raises(ValidationError, match="is none: give a number"):
+            LaunchParameters(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["5e-6", 5e-6, "0.000005"])

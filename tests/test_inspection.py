@@ -141,7 +141,7 @@ def test_a_gpu_pods_limit_is_about_loading_only(here: Any, volumes: Path, tmp_pa
         ({"dataPath": "/data/none.jsonl"}, "none.jsonl' does not exist"),
         ({"modelPath": "/models/none"}, "there is no folder"),
         ({"lrSchedulerKwargs": {"nonsense": 1}}, "nonsense unknown to lr_scheduler cosine"),
-        ({"targetPatterns": ["nowhere"]}, "match no matrix"),
+        ({"targetPatterns": ["nowhere"]}, "'nowhere' matches no matrix"),
         ({"unfreezeRankRatio": 3}, "less than or equal to 1"),
     ],
 )

@@ -266,6 +266,30 @@ def test_weight_decay_shrinks_the_update_and_not_the_base() -> None:
     assert torch.allclose(subspace.dense() - subspace.base, before * 0.95)
 
 
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("parameterization", ["exact", "core", "factored"])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 7), (2, 2, 3, 7)])
+def test_what_a_layer_gives_may_be_changed_in_place(
+    parameterization: str, shape: tuple[int, ...], conv1d: bool
+) -> None:
+    """As models do with the output of a linear layer, of one with a bias too."""
+    subspace = _subspace(parameterization, (7, 9) if conv1d else (9, 7))
+    for bias in (None, nn.Parameter(torch.randn(9, dtype=torch.float64))):
+        module = SubspaceLinear(subspace, bias, conv1d)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *_factors(subspace)]
+        y = module(x)
+        y += 1.0
+        y[..., 0].mul_(3.0)
+        weight = _effective_by_autograd(subspace)
+        plain = linear(x, weight.T if conv1d else weight, bias) + 1.0
+        scaled = torch.cat([3.0 * plain[..., :1], plain[..., 1:]], dim=-1)
+        assert torch.allclose(y, scaled)
+        found, wanted = (torch.autograd.grad(out.sin().sum(), leaves) for out in (y, scaled))
+        for got, reference in zip(found, wanted, strict=True):
+            assert torch.allclose(got, reference, atol=1e-10)
+
+
 def test_no_dense_weight_gradient_is_formed() -> None:
     subspace = _subspace("exact", (64, 64), dtype=torch.float32)
     module = SubspaceLinear(subspace, None, conv1d=False)

@@ -72,10 +72,29 @@ def test_no_match_names_patterns_and_real_paths() -> None:
         plan_targets(tiny_model("llama"), 0.25, target_patterns=["c_attn"])
 
 
-@pytest.mark.parametrize("pattern", ["lm_head", "embed_tokens", "norm", r"mlp\.gate$", "router"])
-def test_heads_embeddings_and_routers_cannot_be_targets(pattern: str) -> None:
-    with pytest.raises(ValueError, match="match no matrix"):
-        plan_targets(tiny_model("mixtral"), 0.25, target_patterns=[pattern])
+@pytest.mark.parametrize(
+    ("family", "pattern", "why"),
+    [
+        ("mixtral", "lm_head", "lm_head, which cannot be split: it is outside the decoder blocks"),
+        ("mixtral", "embed_tokens", "embed_tokens, which cannot be split: it is outside"),
+        ("mixtral", "input_layernorm", "MixtralRMSNorm is no linear layer"),
+        ("mixtral", r"mlp\.gate$", "it picks experts"),
+        ("mixtral", "router", "matches no matrix of the decoder blocks"),
+        ("llama", "q_porj", r"paths look like: model\.layers\.0\.self_attn\.q_proj"),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_refused_beside_one_that_does(
+    family: str, pattern: str, why: str
+) -> None:
+    for patterns in ([pattern], ["o_proj", pattern]):
+        with pytest.raises(ValueError, match=f"^target_patterns: '{pattern[:3]}.*{why}"):
+            plan_targets(tiny_model(family), 0.25, target_patterns=patterns)
+
+
+def test_a_pattern_may_match_more_than_what_is_split() -> None:
+    model = tiny_model("mixtral")
+    plan = plan_targets(model, 0.25, target_patterns=[r"layers\.0\."])
+    assert {target.name.split(".")[2] for target in plan.targets} == {"0"}
 
 
 @pytest.mark.parametrize(

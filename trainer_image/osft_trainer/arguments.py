@@ -24,7 +24,7 @@ from osft_trainer.config import (
     RunParameters,
     TrainingParameters,
 )
-from osft_trainer.parameters import at_home, unknown_name
+from osft_trainer.parameters import FROM_TEXT, at_home, unknown_name
 
 DEFAULTS_ENV = "OSFT_DEFAULTS"
 """Environment variable with the parameters that are at their default: one JSON object by name.
@@ -114,7 +114,7 @@ def from_argv(
     for model in (TrainingParameters, RunParameters, LaunchParameters):
         values = {name: value for name, value in given.items() if name in model.model_fields}
         try:
-            parts.append(model.model_validate(at_home(values, model)))
+            parts.append(model.model_validate(at_home(values, model), context=FROM_TEXT))
         except ValidationError as error:
             problems += explain(error)
     if problems:

@@ -14,7 +14,7 @@ multiplying them with the small bases, which is where the saving comes from.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -158,7 +158,10 @@ class FactoredWeight(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, stored_in_out: bool) -> Tensor:
     if not stored_in_out:
-        return torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(x, weight, bias)
+        # With a bias it is a view, and no view of a custom function may be changed in place, which
+        # models do with what a linear layer gives them. The same memory, of its own.
+        return cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape)) if y._is_view() else y
     y = x @ weight
     return y if bias is None else y + bias
 

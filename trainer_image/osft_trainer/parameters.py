@@ -10,9 +10,18 @@ import difflib
 import functools
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 WHITE_SPACE = r"\t\n\v\f\r \x85\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -36,8 +45,12 @@ Path = Annotated[Text, Field(max_length=1024), _PATH_IN_PYTHON]
 """A path as the trainer's process sees it; in Python pathlib's, too."""
 
 
+FROM_TEXT = {"from_text": True}
+"""Validation context of values that are all texts, as on a command line."""
+
+
 class Parameters(BaseModel):
-    """Frozen, strict about names, camelCase in YAML and snake_case in Python."""
+    """Frozen, strict about names and kinds, camelCase in YAML and snake_case in Python."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -61,6 +74,33 @@ class Parameters(BaseModel):
         if unknown:
             raise ValueError("; ".join(unknown_name(name, known) for name in unknown))
         return data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_other_kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        """True is no 1 and 1 no true: whoever wrote it may have meant another field.
+
+        On command lines all is text. A text may be a number anywhere: YAML reads 5e-6 as one.
+        """
+        if (info.context or {}).get("from_text") or info.field_name is None:
+            return value
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if bool in kinds:
+            if kinds == {bool} and not isinstance(value, bool):
+                raise ValueError("must be true or false, without quotes")
+            return value
+        if kinds & {int, float} and isinstance(value, bool):
+            raise ValueError(f"must be a number, and {str(value).lower()} is none: give a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field's annotation names, None left out."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for each in get_args(annotation) for kind in _kinds(each)}
+    return set() if annotation is type(None) else {get_origin(annotation) or annotation}
 
 
 def unknown_name(name: str, known: list[str]) -> str:

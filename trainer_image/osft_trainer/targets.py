@@ -123,12 +123,10 @@ def plan_targets(
     patterns = None if target_patterns is None else _compile(target_patterns)
     found = list(_candidates(model))
     chosen = [c for c in found if patterns is None or any(p.search(c[0]) for p in patterns)]
-    if not chosen:
-        some = ", ".join(name for name, *_ in found[:8]) or "none"
-        raise ValueError(
-            f"target_patterns: {list(target_patterns or [])} match no matrix of the decoder blocks;"
-            f" paths look like: {some}"
-        )
+    if not chosen and patterns is None:
+        raise ValueError(f"model_path: {type(model).__name__} has no matrix that can be split")
+    for pattern in patterns or ():
+        _check_pattern(model, pattern, [name for name, *_ in found])
     if split_by == "activations":
         _check_inputs_are_seen(chosen)
     make = _target_by_inputs if split_by == "activations" else _target
@@ -309,6 +307,38 @@ def _is_of_language(model: nn.Module, parameter: str) -> bool:
     own = model.get_parameter(parameter)
     is_of_head = head is not None and any(own is p for p in head.parameters())
     return is_of_head or parameter.startswith(f"{path}.")
+
+
+def _check_pattern(model: nn.Module, pattern: re.Pattern[str], names: Sequence[str]) -> None:
+    """Refuse a pattern that chooses nothing; says what stands in the way of what it matches."""
+    if any(pattern.search(name) for name in names):
+        return
+    matched = [
+        path
+        for path, module in model.named_modules()
+        if pattern.search(path) and any(True for _ in module.parameters(recurse=False))
+    ]
+    said = f"target_patterns: {pattern.pattern!r} "
+    if matched:
+        raise ValueError(
+            f"{said}matches {', '.join(matched[:3])}, which {_why_not(model, matched[0])}: take "
+            "the pattern out"
+        )
+    some = ", ".join(names[:8]) or "none"
+    raise ValueError(f"{said}matches no matrix of the decoder blocks; paths look like: {some}")
+
+
+def _why_not(model: nn.Module, path: str) -> str:
+    """Why a module with parameters is no target."""
+    prefix, _ = decoder_blocks(model)
+    module = model.get_submodule(path)
+    if not path.startswith(f"{prefix}."):
+        return f"cannot be split: it is outside the decoder blocks ({prefix})"
+    if is_router(path):
+        return "cannot be split: it picks experts"
+    if isinstance(module, nn.Linear | Conv1D):
+        return "cannot be split: other modules use the same matrix"
+    return f"cannot be split: {type(module).__name__} is no linear layer and holds no experts"
 
 
 def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from world import World, last_words
+from world import World, last_words, running
 
 NCCL = (
     "[rank1]:[E ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout: "
@@ -52,6 +52,23 @@ FAILED = [
             "reason": "Evicted",
             "message": "The node was low on resource: ephemeral-storage.",
         },
+    ),
+    Fails(
+        "evicted for what it wrote",
+        {"exitCode": 137, "reason": "Error"},
+        "Evicted",
+        ('EmptyDir volume "cache" exceeds', "raise spec.storage.cache.sizeLimit"),
+        pod={
+            "phase": "Failed",
+            "reason": "Evicted",
+            "message": 'Usage of EmptyDir volume "cache" exceeds the limit "10Gi". ',
+        },
+    ),
+    Fails(
+        "no trainer in the image",
+        {"exitCode": 128, "reason": "StartError", "message": 'exec: "python": not found in $PATH'},
+        "StartError",
+        ("spec.image must be a trainer image", "not found in $PATH"),
     ),
     Fails(
         "node drained",
@@ -103,6 +120,21 @@ FAILED = [
     ),
     Fails("crashed", {"exitCode": 1, "message": "Traceback: boom"}, "Error", ("boom",)),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("proxy", "raise it in spec.podTemplate"), ("init-pytorch", "worker-only")],
+)
+def test_memory_of_another_container_is_no_word_on_the_trainers(name: str, cure: str) -> None:
+    world = running()
+    world.end(137, reason="OOMKilled")
+    world.pods[0]["status"]["containerStatuses"][0]["name"] = name
+    world.settle()
+    failure = world.status["failure"]
+    assert (failure["container"], failure["reason"]) == (name, "OOMKilled")
+    assert cure in failure["message"]
+    assert "spec.resources" not in failure["message"]
 
 
 @pytest.mark.parametrize("case", FAILED, ids=lambda case: case.name)

@@ -40,7 +40,7 @@ def init(state: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
         **pytorch,
         "initContainerStatuses": [
-            {"name": "init-pytorch", "restartCount": 0, "state": state, **more}
+            {"name": "init-pytorch", "restartCount": 0, "state": state, **more},
         ],
     }
 
@@ -98,13 +98,67 @@ WAITING = [
         ("init container init-pytorch of pod sample-master-0 has run for 10m0s", "master's name"),
     ),
     Waits(
-        "init container fails",
+        "init container of the job's own fails",
         init(
             {"waiting": {"reason": "CrashLoopBackOff"}},
+            name="download",
             lastState={"terminated": {"exitCode": 4, "message": "no such host"}},
         ),
         "InitContainerFailing",
-        ("init-pytorch", "exit code 4", "no such host"),
+        ("download", "exit code 4", "no such host"),
+    ),
+    Waits(
+        "init container of the training-operator fails",
+        init(
+            {"waiting": {"reason": "CrashLoopBackOff"}},
+            lastState={"terminated": {"exitCode": 1}},
+        ),
+        "InitStuck",
+        ("gives up again and again", "does the master's pod run?"),
+    ),
+    Waits(
+        "image of the training-operator",
+        {
+            "initContainerStatuses": [
+                {
+                    "name": "init-pytorch",
+                    "state": {
+                        "waiting": {"reason": "ErrImagePull", "message": "429 Too Many Requests"}
+                    },
+                }
+            ]
+        },
+        "ErrImagePull",
+        ("--pytorch-init-container-image", "pytorchJobShape: worker-only"),
+    ),
+    Waits(
+        "image that the kubelet waits to pull again",
+        container("ImagePullBackOff", 'Back-off pulling image "trainer:1"'),
+        "ImagePullBackOff",
+        ("no space left on device; the node's disk is full",),
+        event="Failed: Failed to pull image: write /var/lib/x: no space left on device",
+    ),
+    *(
+        Waits(f"image: {words}", container("ErrImagePull", words), "ErrImagePull", (cure,))
+        for words, cure in (
+            ("toomanyrequests: You have reached your pull rate limit", "imagePullSecrets, or use"),
+            ("no match for platform in manifest: not found", "not made for the node's processor"),
+            ("dial tcp: lookup registry.example.com: no such host", "does not reach the registry"),
+            (
+                "pull access denied, repository does not exist",
+                "check spec.image and spec.imagePull",
+            ),
+            ("manifest unknown", "; check spec.image"),
+        )
+    ),
+    Waits(
+        "claim of a mount missing",
+        unscheduled('persistentvolumeclaim "models" not found'),
+        "Unschedulable",
+        ("make PersistentVolumeClaim models", "spec.storage.mounts[0].claimName"),
+        changes={
+            "spec.storage.mounts": [{"name": "m", "claimName": "models", "mountPath": "/models"}]
+        },
     ),
     Waits(
         "secret missing",
@@ -141,7 +195,7 @@ WAITING = [
         "volume in use",
         container("ContainerCreating"),
         "FailedAttachVolume",
-        ("Multi-Attach error",),
+        ("Multi-Attach error", "a pod on another node still has it"),
         event='FailedAttachVolume: Multi-Attach error for volume "pvc-1"',
     ),
     Waits("young", container("ContainerCreating"), "PodsStarting", ("0 of 1 pods run",)),
@@ -176,6 +230,25 @@ def test_why_it_waits(case: Waits) -> None:
     assert not {"\x1b", "\x00", "\u202e"} & set(running["message"])
     assert len(running["message"]) <= 4096
     assert decision.requeue_after, "what a person changes is looked for"
+
+
+@pytest.mark.parametrize("why", ["unschedulable", "unmounted"])
+def test_what_keeps_the_master_is_told_before_who_waits_for_it(why: str) -> None:
+    world = World({"spec.nnodes": 2})
+    world.settle()
+    world.run_pods(count=2)
+    master, worker = world.pods
+    gives_up = init({"waiting": {"reason": "CrashLoopBackOff"}})
+    worker["status"] = {"phase": "Pending", **gives_up}
+    if why == "unschedulable":
+        master["status"] = {"phase": "Pending", **unscheduled("5 Insufficient nvidia.com/gpu")}
+    else:
+        master["status"] = {"phase": "Pending", **container("ContainerCreating")}
+        world.news = {master["metadata"]["uid"]: Said("FailedMount", "no such volume")}
+    world.wait(600)
+    world.settle()
+    assert world.status["reason"] == {"unschedulable": "Unschedulable"}.get(why, "FailedMount")
+    assert "sample-master-0" in world.condition("Running")["message"]
 
 
 def test_what_goes_well_is_shown_and_no_warning() -> None:

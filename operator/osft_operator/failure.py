@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osft_operator import cures
 from osft_operator.names import CONTAINER
 from osft_operator.observed import Object, find_condition, is_deleting, text_of, time_of
 from osft_operator.status_model import FailureStatus
@@ -25,8 +26,8 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}\Z")
 _FINAL_CODES = [int(code) for code in ExitCode if code.is_final]
 
 CURES = {
-    "OOMKilled": "the container used more memory than its limit (/dev/shm counts); raise "
-    "spec.resources.limits.memory, or lower spec.training.maxTokensPerGpu",
+    "StartError": "its command cannot be run: spec.image must be a trainer image",
+    "ContainerCannotRun": "its command cannot be run: spec.image must be a trainer image",
     "Evicted": "the node took the pod's place away",
     VERSION_SKEW: "the trainer image is of another version than the operator and does not take "
     "what it wrote; use the image of the operator's version, or leave that parameter out",
@@ -247,6 +248,8 @@ def _taken_away(pod: Object, ends: Sequence[Ended]) -> Ended | None:
     if status.get("phase") == "Failed" and status.get("reason"):
         reason = word(status["reason"], "PodFailed")
         message = clean(status.get("message")) or CURES.get(reason, "")
+        cure = cures.eviction(message)
+        message = f"{message}; {cure}" if cure else message
     elif disruption:
         reason = word(disruption.get("reason"), "Evicted")
         message = clean(disruption.get("message"))
@@ -279,8 +282,9 @@ def _of_container(pod: Object, container: str, terminated: Object) -> Ended:
         reason = "NCCLTimeout"
     elif ABORTED in message:
         message = f"{message}; {ABORT_HINT}"
-    if reason in CURES:
-        message = f"{CURES[reason]}. {message}".strip()[:MAX_MESSAGE]
+    cure = cures.memory(container) if reason == "OOMKilled" else CURES.get(reason)
+    if cure is not None:
+        message = f"{cure}. {message}".strip()[:MAX_MESSAGE]
     finished = terminated.get("finishedAt")
     return Ended(
         pod=str(pod["metadata"]["name"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from osft_operator.cures import MASTER_WAIT, NO_MASTER_WAIT
 from osft_operator.observed import (
     Object,
     find_condition,
@@ -19,16 +20,10 @@ from osft_operator.observed import (
     replicas,
     time_of,
 )
-from osft_operator.waiting import MASTER_WAIT
 
 PODS_MISSING_SECONDS = 60.0
 """After so long without some of the pods, something is wrong."""
 
-SHAPE_CURE = (
-    f"the training-operator adds {MASTER_WAIT} to workers; have the operator's administrator set "
-    "trainer.pytorchJobShape: worker-only (a value of its chart), which needs none, and make this "
-    "OSFTJob again"
-)
 _CURES = (
     (
         re.compile(r"violates PodSecurity"),
@@ -89,5 +84,5 @@ def since(status: Object, job: Object) -> str | None:
 def cure(words: str) -> str:
     """What helps against the API server's words on a pod that it refuses; empty if unknown."""
     if f'"{MASTER_WAIT}"' in words or f"for: {MASTER_WAIT}" in words:
-        return SHAPE_CURE
+        return f"the training-operator adds {MASTER_WAIT} to workers; {NO_MASTER_WAIT}"
     return next((text for pattern, text in _CURES if pattern.search(words)), "")

@@ -12,7 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from osft_operator import cures
+from osft_operator.cures import MASTER_WAIT
 from osft_operator.failure import clean, is_lost, word
+from osft_operator.names import CONTAINER
 from osft_operator.observed import Object, Said, find_condition, is_deleting, time_of
 from osft_trainer.report import duration
 
@@ -44,21 +47,21 @@ PROBLEMS = (
 """Reasons of a waiting container that time alone rarely cures."""
 FOR_ITS_AUTHOR = frozenset({*PROBLEMS, "InitContainerFailing", "FailedMount"})
 """Reasons that whoever made the job must see to: the pod has its place, and cannot use it."""
+PULLING = ("ImagePullBackOff", "ErrImagePull")
+"""Reasons of a container whose image does not come."""
 CURES = {
-    "ImagePullBackOff": "check spec.image and spec.imagePullSecrets",
-    "ErrImagePull": "check spec.image and spec.imagePullSecrets",
     "InvalidImageName": "correct spec.image",
     "ErrImageNeverPull": "the node has no such image: change spec.imagePullPolicy",
 }
+"""What helps where it is the trainer's container."""
 INIT_STUCK_SECONDS = 300.0
 """An init container that runs for so long is worth a word; it may still be right."""
 STARTING = "PodsStarting"
 """The reason of pods with which nothing is wrong."""
-MASTER_WAIT = "init-pytorch"
-"""The training-operator's init container of a worker: it waits for the master's name."""
-
-_MISSING = re.compile(r'(?i)\b(secret|configmap) "([^"]+)" not found')
+_MISSING = re.compile(r'(?i)\b(secret|configmap|persistentvolumeclaim) "([^"]+)" not found')
 _NO_KEY = re.compile(r"(?i)couldn't find key (\S+) in (secret|configmap) [^/\s]+/([^\s,;]+)")
+NAMING = ("name", "secretName", "configMapName", "claimName")
+"""Fields that name an object."""
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "persistent volume")
 
 
@@ -80,11 +83,17 @@ def reason(
     """
     pending = [pod for pod in pods if not is_deleting(pod) and _phase(pod) in ("Pending", "")]
     unknown = list(filter(is_lost, pods))
+
+    def event(pod: Object) -> Said | None:
+        return news.get(pod["metadata"].get("uid", ""))
+
+    # a worker's wait for its master comes last: what keeps the master explains it
     looks: tuple[Callable[[Object], Reason | None], ...] = (
-        lambda pod: _of_containers(pod, spec),
-        lambda pod: _of_scheduler(pod, claim, news),
+        lambda pod: _of_containers(pod, spec, event(pod)),
+        lambda pod: _of_scheduler(pod, spec, claim, news),
+        lambda pod: _of_event(pod, event(pod), spec, warns=True),
         lambda pod: _of_slow_init(pod, now),
-        lambda pod: _of_event(pod, news.get(pod["metadata"].get("uid", "")), spec),
+        lambda pod: _of_event(pod, event(pod), spec, warns=False),
     )
     for look in looks:
         for pod in pending:
@@ -127,18 +136,26 @@ def _silent_since(pod: Object) -> str | None:
     return str(when) if when and is_lost(pod) else None
 
 
-def _of_containers(pod: Object, spec: Mapping[str, Any]) -> Reason | None:
+def _of_containers(pod: Object, spec: Mapping[str, Any], event: Said | None) -> Reason | None:
     for container in _containers(pod):
         waiting = (container.get("state") or {}).get("waiting") or {}
-        said = str(waiting.get("reason") or "")
-        where = f"container {container.get('name')} of pod {pod['metadata']['name']}: "
-        if said in PROBLEMS:
-            text = clean(waiting.get("message"))
-            cure = missing(text, spec) or CURES.get(said, "")
-            return said, where + "; ".join(filter(None, (text, cure)))
+        said, name = str(waiting.get("reason") or ""), str(container.get("name"))
+        if said not in PROBLEMS:
+            continue
+        text, more = clean(waiting.get("message")), ""
+        if event is not None and event.is_warning and said in PULLING:
+            # a kubelet that waits says only that it does; why the pull failed is in the event
+            more = "" if event.message in text else clean(event.message)
+        cure = missing(text, spec)
+        if not cure and said in PULLING:
+            cure = cures.image(name, f"{text} {more}")
+        elif not cure and name == CONTAINER:
+            cure = CURES.get(said, "")
+        where = f"container {name} of pod {pod['metadata']['name']}: "
+        return said, where + "; ".join(filter(None, (text, more, cure)))
     for container in (pod.get("status") or {}).get("initContainerStatuses") or []:
         waiting = (container.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason") != "CrashLoopBackOff":
+        if waiting.get("reason") != "CrashLoopBackOff" or container.get("name") == MASTER_WAIT:
             continue
         ended = (container.get("lastState") or {}).get("terminated") or {}
         return "InitContainerFailing", (
@@ -148,7 +165,9 @@ def _of_containers(pod: Object, spec: Mapping[str, Any]) -> Reason | None:
     return None
 
 
-def _of_scheduler(pod: Object, claim: Object | None, news: Mapping[str, Said]) -> Reason | None:
+def _of_scheduler(
+    pod: Object, spec: Mapping[str, Any], claim: Object | None, news: Mapping[str, Said]
+) -> Reason | None:
     for condition in (pod.get("status") or {}).get("conditions") or []:
         if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
             continue
@@ -158,49 +177,51 @@ def _of_scheduler(pod: Object, claim: Object | None, news: Mapping[str, Said]) -
             told = clean(news.get(claim["metadata"].get("uid", "")))
             own = f"claim {claim['metadata']['name']} is Pending" + (f": {told}" if told else "")
             return "ClaimPending", f"{own}; pod {pod['metadata']['name']}: {text}"
+        cure = missing(text, spec)
         return word(condition.get("reason"), "Unschedulable"), (
-            f"pod {pod['metadata']['name']}: {text}"
+            f"pod {pod['metadata']['name']}: {text}" + (f"; {cure}" if cure else "")
         )
     return None
 
 
 def _of_slow_init(pod: Object, now: datetime.datetime) -> Reason | None:
     for container in (pod.get("status") or {}).get("initContainerStatuses") or []:
-        began = ((container.get("state") or {}).get("running") or {}).get("startedAt")
-        if not began:
+        state = container.get("state") or {}
+        began = (state.get("running") or {}).get("startedAt")
+        seconds = (now - time_of(began)).total_seconds() if began else 0.0
+        again = (state.get("waiting") or {}).get("reason") == "CrashLoopBackOff"
+        if seconds < INIT_STUCK_SECONDS and not again:
             continue
-        seconds = (now - time_of(began)).total_seconds()
-        if seconds < INIT_STUCK_SECONDS:
-            continue
-        words = (
-            f"init container {container.get('name')} of pod {pod['metadata']['name']} has run for "
-            f"{duration(int(seconds))}"
-        )
+        words = f"init container {container.get('name')} of pod {pod['metadata']['name']} "
+        words += "gives up again and again" if again else f"has run for {duration(int(seconds))}"
         if container.get("name") == MASTER_WAIT:
             words += ": it waits for the master's name in DNS; does the master's pod run?"
         return "InitStuck", words
     return None
 
 
-def _of_event(pod: Object, event: Said | None, spec: Mapping[str, Any]) -> Reason | None:
+def _of_event(
+    pod: Object, event: Said | None, spec: Mapping[str, Any], *, warns: bool
+) -> Reason | None:
     text = clean(event.message) if event is not None else ""
-    if event is None or not text:
+    if event is None or not text or event.is_warning != warns:
         return None
-    cure = missing(text, spec)
+    cure = missing(text, spec) or cures.volume(text)
     words = f"pod {pod['metadata']['name']}: {text}" + (f"; {cure}" if cure else "")
     # what is said of a pod on its good way is no reason of its own
     return word(event.reason, STARTING) if event.is_warning else STARTING, words
 
 
 def missing(text: str, spec: Mapping[str, Any]) -> str:
-    """What a Secret or ConfigMap lacks, in words that name the field; empty if it is not that."""
+    """What a Secret, ConfigMap or claim lacks, and what field names it; empty if it is another."""
     if match := _NO_KEY.search(text):
         kind, name, what = match[2], match[3], f"add key {match[1]} to"
     elif match := _MISSING.search(text):
         kind, name, what = match[1], match[2], "make"
     else:
         return ""
-    kind = {"secret": "Secret", "configmap": "ConfigMap"}[kind.lower()]
+    kinds = {"secret": "Secret", "configmap": "ConfigMap"}
+    kind = kinds.get(kind.lower(), "PersistentVolumeClaim")
     places = [path for path, value in _texts(spec, "spec") if value == name]
     named = f" (named by {places[0]})" if places else ""
     return f"{what} {kind} {name} in the job's namespace{named}"
@@ -210,7 +231,7 @@ def _texts(part: Any, path: str) -> Iterator[tuple[str, str]]:
     """Every text of a spec that names an object, with the path of the field it stands in."""
     if isinstance(part, Mapping):
         for key, value in part.items():
-            if isinstance(value, str) and key in ("name", "secretName", "configMapName"):
+            if isinstance(value, str) and key in NAMING:
                 yield (path if key == "name" else f"{path}.{key}"), value
             elif not isinstance(value, str):
                 yield from _texts(value, f"{path}.{key}")

@@ -273,7 +273,9 @@ def _convert(
             raise ValueError(f"no conversion leads on from {name}")
         first = first or renamed
         transform.add_tensor(renamed, name, pattern, tensor)
-    made: dict[str, Any] = transform.convert(first, model=hf, config=hf.config)
+    found: Any = transform.convert(first, model=hf, config=hf.config)
+    # The first releases of transformers 5 give a list of errors beside it.
+    made: dict[str, Any] = found[0] if isinstance(found, tuple) else found
     return made
 
 

@@ -168,10 +168,15 @@ def _check_all_there(
 ) -> None:
     """On paper, where nothing is loaded; what the model's code does without is left out."""
     optional = [re.compile(pattern) for pattern in hf._keys_to_ignore_on_load_missing or ()]
+    # A model on meta may have its ties on paper only, too.
+    ties = getattr(hf, "all_tied_weights_keys", {})
+    tied = {name for pair in ties.items() if not layout.of.keys().isdisjoint(pair) for name in pair}
     lacking = []
     for part in parts_of(hf):
         groups = [layout.of[name] for name in part.names if name in layout.of]
-        known = any(pattern.search(name) for pattern in optional for name in part.names)
+        known = not tied.isdisjoint(part.names) or any(
+            pattern.search(name) for pattern in optional for name in part.names
+        )
         shapes = (weights.entries[g.files[0]].shape for g in groups if g.converter is None)
         if (not groups and not known) or any(shape != tuple(part.shape) for shape in shapes):
             lacking.append(part.names[0])

@@ -77,7 +77,7 @@ def suspended() -> World:
 
 CASES: list[tuple[Callable[[], World], str, str, tuple[str, str]]] = [
     (invalid, "Pending", "Failed", ("True", "InvalidSpec")),
-    (mended, "Starting", "InProgress", ("False", "NotStalled")),
+    (mended, "Starting", "InProgress", ("False", "NotYet")),
     (running, "Running", "InProgress", ("False", "NotYet")),
     (suspended, "Suspended", "InProgress", ("False", "NotYet")),
     (still, "Running", "Failed", ("True", "NoProgress")),

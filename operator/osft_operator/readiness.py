@@ -35,7 +35,7 @@ def conclude(status: dict[str, Any], generation: int, now: datetime.datetime) ->
         words = _with_before(stuck, stalled)
         set_condition(status, generation, now, "Stalled", "True", stuck["reason"], words)
     elif stalled.get("status") == "True" and stalled["reason"] != NO_PROGRESS:
-        set_condition(status, generation, now, "Stalled", "False", "NotStalled")
+        set_condition(status, generation, now, "Stalled", "False", "NotYet")
     is_ready = "True" if status["phase"] == "Succeeded" else "False"
     reason = status["reason"] or "NotYet"
     set_condition(status, generation, now, "Ready", is_ready, reason, _words(status))

@@ -72,7 +72,8 @@ def sample_conversations(
         for chat, prompt, answer in zip(chats, prompts, answers, strict=True):
             message = form.message_of(tokenizer, answer)
             if message["content"].strip():
-                length = len(_ids(tokenizer, prompt)) + len(answer)
+                # With the token that ends the answer, which the text will have.
+                length = len(_ids(tokenizer, prompt)) + len(answer) + 1
                 found.append(({"messages": [*chat, message]}, length))
         return found
 

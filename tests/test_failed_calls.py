@@ -86,9 +86,7 @@ def failing(world: World) -> Decision:
     return not_done(decision, world.body, decision.actions[0], WEBHOOK, world.now)
 
 
-@pytest.mark.parametrize(
-    ("scene", "lead", "condition", "phase"), CALLS, ids=lambda each: str(each)[:45]
-)
+@pytest.mark.parametrize(("scene", "lead", "condition", "phase"), CALLS)
 def test_a_call_that_fails_is_told_once_and_the_status_says_what_is(
     scene: Callable[[], World], lead: str, condition: str, phase: str
 ) -> None:

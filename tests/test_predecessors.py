@@ -132,7 +132,7 @@ LOST = "sample-master-0: its node node-1 does not answer"
 
 
 @pytest.mark.parametrize("sign", ["node controller", "grace period long over"])
-@pytest.mark.parametrize("way", [deleted_by_somebody, failed, applied_again], ids=str)
+@pytest.mark.parametrize("way", [deleted_by_somebody, failed, applied_again])
 def test_a_node_that_does_not_answer_is_named_with_the_cure(
     way: Callable[[], World], sign: str
 ) -> None:

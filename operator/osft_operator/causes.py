@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from osft_operator import failure
 from osft_operator.failure import ABORTED, Ended
 from osft_operator.observed import Object, find_condition, time_of
@@ -68,7 +70,10 @@ def known(status: Mapping[str, Any]) -> Ended | None:
     recorded = status.get("failure")
     if not recorded or recorded.get("attempt") != status.get("attempt", 1):
         return None
-    kept = FailureStatus.model_validate(recorded)
+    try:
+        kept = FailureStatus.model_validate(recorded)
+    except ValidationError:
+        return None  # it is found again in the pods, as far as they are there
     return Ended(
         pod=kept.pod or "",
         container=kept.container or "",

@@ -12,6 +12,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from osft_operator.failure import last_end, restart_count, running_count
 from osft_operator.observed import Object, is_deleting, is_suspended, text_of, time_of
 from osft_operator.status_model import CountedPods, ReplacedPods
@@ -53,7 +55,7 @@ def count(
         return
     before = status.get("restartsBeforeAttempt", 0)
     recorded = status.get("countedPods")
-    counted = CountedPods.model_validate(recorded) if recorded else None
+    counted = _read(recorded)
     rounds = _new_rounds(alive, counted) if counted is not None else []
     new = {id(pod) for made_again in rounds for pod in made_again}
     others = [pod for pod in alive if id(pod) not in new]
@@ -70,6 +72,14 @@ def count(
     if counted is not None:
         status["countedPods"] = counted.model_dump(by_alias=True, exclude_none=True)
     status["restarts"] = before + found
+
+
+def _read(recorded: object) -> CountedPods | None:
+    """What was counted, if this version can read it: counting begins again where it cannot."""
+    try:
+        return CountedPods.model_validate(recorded) if recorded else None
+    except ValidationError:
+        return None
 
 
 def _with_replaced(

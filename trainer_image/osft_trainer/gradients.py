@@ -159,9 +159,10 @@ class FactoredWeight(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, stored_in_out: bool) -> Tensor:
     if not stored_in_out:
         y = torch.nn.functional.linear(x, weight, bias)
-        # With a bias it is a view, and no view of a custom function may be changed in place, which
-        # models do with what a linear layer gives them. The same memory, of its own.
-        return cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape)) if y._is_view() else y
+        # With a bias it may be a view, and no view of a custom function may be changed in place,
+        # which models do with what a linear layer gives them. The same memory, of its own. To ask
+        # whether it is one would break the graph of a compiled block.
+        return y if bias is None else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
     y = x @ weight
     return y if bias is None else y + bias
 

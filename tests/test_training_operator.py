@@ -19,13 +19,13 @@ from reconcile_scene import Scene
 pytestmark = pytest.mark.cluster
 
 ALL_REDUCE = """
-import os, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 x = torch.ones(1) * (dist.get_rank() + 1)
 dist.all_reduce(x)
 n = dist.get_world_size()
 assert x.item() == n * (n + 1) / 2, x
-print("sum", int(x.item()), "of", n, flush=True)
+sys.stdout.write(f"sum {int(x.item())} of {n}\\n")  # at once: two ranks share the log
 dist.destroy_process_group()
 """
 

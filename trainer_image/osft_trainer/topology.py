@@ -1,8 +1,8 @@
 """How many processes run where and how they meet: parameters, PET_* variables, defaults.
 
 Called by `launch` and by `api`, before any process is started. The names are torchrun's, and a
-parameter that is given beats its variable. Must never start a process, or import torch unless GPUs
-have to be counted.
+parameter that is given beats its variable; where a node is alone, no meeting point counts, since no
+port shall be open. Must never start a process, or import torch unless GPUs have to be counted.
 """
 
 from __future__ import annotations
